@@ -12,8 +12,9 @@ import os
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -126,8 +127,7 @@ def distill(
 
     with session(chosen) as (ranks, reporter):
         summary = run_recipe(chosen, ranks, resume=resume, reporter=reporter, report=write_report)
-        if ranks.is_main:
-            print_summary(summary, reporter)
+        ranks.from_main(lambda: print_summary(summary, reporter))
 
 
 @app.command()
@@ -146,8 +146,7 @@ def finetune(
 
     with session(chosen) as (ranks, reporter):
         summary = run_recipe(chosen, ranks, resume=resume, reporter=reporter, report=write_report)
-        if ranks.is_main:
-            print_summary(summary, reporter)
+        ranks.from_main(lambda: print_summary(summary, reporter))
 
 
 @app.command()
@@ -170,9 +169,13 @@ def evaluate(
     with session() as (ranks, reporter):
         found = evaluate_run(RunFolder(run), overrides or [], ranks).as_dict()
         print_evaluation(found, reporter)
-        if output is not None and ranks.is_main:
-            with disk_errors(output.parent, "give another --output"):
-                write_whole(output, json.dumps(found, indent=2) + "\n")
+        if output is not None:
+            ranks.from_main(partial(_write_evaluation, output, found))
+
+
+def _write_evaluation(output: Path, found: dict[str, Any]) -> None:
+    with disk_errors(output.parent, "give another --output"):
+        write_whole(output, json.dumps(found, indent=2) + "\n")
 
 
 @app.command()

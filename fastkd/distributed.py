@@ -11,7 +11,6 @@ break.
 from __future__ import annotations
 
 import datetime
-import math
 import os
 import socket
 import sys
@@ -32,14 +31,11 @@ from torch.distributed.rendezvous import rendezvous
 
 from fastkd.errors import LostRank, RankError, SharedError, UserError, some_of
 from fastkd.group_errors import INTERFACES, start_errors
+from fastkd.rank_timeout import TIMEOUT, default_timeout
 from fastkd.signals import Signalled, stop_signals
 
 T = TypeVar("T")
 
-TIMEOUT = "FASTKD_RANK_TIMEOUT"
-"""Environment variable: seconds that a rank waits for the others."""
-
-_DEFAULT_SECONDS = 7200.0
 # of this process, one after the other
 _groups = count()
 # environment variables that `start_ranks` may change
@@ -87,32 +83,6 @@ def _pid_namespace() -> str:
     except OSError:
         # not Linux
         return ""
-
-
-def rank_timeout() -> datetime.timedelta | None:
-    """How long a rank waits for the others, where the environment says so.
-
-    Raises:
-        UserError: it says something else than a number of seconds.
-    """
-    given = os.environ.get(TIMEOUT)
-    if given is None:
-        return None
-    try:
-        seconds = float(given)
-    except ValueError:
-        seconds = math.nan
-    # a year, which every clock here can count to
-    if not 0 < seconds <= 3.2e7:
-        raise UserError(
-            f"{TIMEOUT} is {given!r}, expected a number of seconds, as in {TIMEOUT}=600"
-        )
-    return datetime.timedelta(seconds=seconds)
-
-
-def default_timeout() -> datetime.timedelta:
-    """How long the others wait while rank 0 tokenises a corpus."""
-    return rank_timeout() or datetime.timedelta(seconds=_DEFAULT_SECONDS)
 
 
 def meet() -> tuple[Peer, ...]:
@@ -305,6 +275,37 @@ class Ranks:
         result = received
         return result
 
+    def from_each(self, function: Callable[[], T]) -> list[T]:
+        """Run a function on every rank, and give every rank the results of all in their order, or
+        what the first of those raises that raise something.
+
+        Args:
+            function: which talks to no other rank.
+
+        Raises:
+            SharedError: on every rank; but who met another kind than a `UserError` raises it.
+        """
+        outcome: tuple[Any, str | None]
+        met: BaseException | None = None
+        try:
+            outcome = function(), None
+        except Signalled:
+            # as above
+            raise
+        except BaseException as error:
+            met, of = error, f"rank {self.rank}"
+            said = f"{of} raised {type(error).__name__}: {error}"
+            if isinstance(error, UserError):
+                said = str(error) if self.is_main else f"{of}: {error}"
+            outcome = None, said
+        everything: list[tuple[Any, str | None]] = self.gather(outcome)
+        if met is not None and not isinstance(met, UserError):
+            raise met
+        told = [said for _, said in everything if said is not None]
+        if told:
+            raise SharedError(told[0]) from met
+        return [result for result, _ in everything]
+
     def _sent(self, outcome: tuple[Any, str | None]) -> tuple[Any, str | None]:
         """What rank 0 has, on every rank."""
         if self.world_size == 1:
@@ -352,7 +353,7 @@ def start_ranks() -> Ranks:
     `torchrun` and `deepspeed` set RANK; without a launcher an in-memory store needs no port.
 
     Raises:
-        UserError: the environment gives a timeout that is none, see `fastkd.distributed`.
+        UserError: the environment gives a timeout that is none, see `fastkd.rank_timeout`.
         RankError: this rank has no GPU where the first has one, or shares one with another rank;
             or gloo finds no network interface, or may start no thread.
         LostRank: another rank is gone, or doesn't come.

@@ -26,8 +26,9 @@ from fastkd.data.text.sources import resolve
 from fastkd.data.text.split import Split
 from fastkd.data.text.stream import StreamedDocuments
 from fastkd.data.text.tokenize import Encoder
-from fastkd.distributed import Ranks, default_timeout
+from fastkd.distributed import Ranks
 from fastkd.errors import UserError
+from fastkd.rank_timeout import default_timeout
 from fastkd.types import Inputs
 
 BATCH = 8

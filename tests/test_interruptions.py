@@ -15,13 +15,9 @@ import pytest
 from tiny_runs import make_recipe, run_environment, run_script
 from warm_processes import start_ranks
 
-from fastkd.distributed import (
-    TIMEOUT,
-    Peer,
-    lost_ranks,
-    rank_timeout,
-)
+from fastkd.distributed import Peer, lost_ranks
 from fastkd.errors import LostRank, UserError
+from fastkd.rank_timeout import TIMEOUT, rank_timeout
 from fastkd.signals import Signalled, signals_raised, stop_signals
 
 AGAIN = "if it says why itself, mend that; start all ranks again with --resume to continue"

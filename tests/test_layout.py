@@ -32,6 +32,7 @@ LEVELS: tuple[set[str], ...] = (
         "files",
         "layer_map",
         "group_errors",
+        "rank_timeout",
         "distributed",
         "rank_errors",
     },

@@ -15,7 +15,7 @@ import pytest
 from tiny_runs import assert_same_run, keys, make_recipe, run_command, run_environment
 from warm_processes import WarmProcess, start
 
-from fastkd.distributed import TIMEOUT
+from fastkd.rank_timeout import TIMEOUT
 
 INTERFACE = "fk0"
 ADDRESSES = ("10.213.7.1", "10.213.7.2")

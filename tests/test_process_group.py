@@ -19,8 +19,9 @@ from tiny_models import tiny_model
 from tiny_runs import make_recipe, run_script
 
 from fastkd import distributed
-from fastkd.distributed import TIMEOUT, joined_ranks, start_ranks
+from fastkd.distributed import joined_ranks, start_ranks
 from fastkd.errors import LostRank, RankError, UserError
+from fastkd.rank_timeout import TIMEOUT
 from fastkd.recipe import Recipe, load_recipe
 from fastkd.training.engine import shard_teacher
 
@@ -75,18 +76,24 @@ def test_what_gloo_lacks_is_said(
         pass
 
 
-def test_what_a_callback_raises_ends_the_run_on_every_rank(tmp_path: Path) -> None:
+def test_what_one_rank_raises_ends_the_run_on_every_rank(tmp_path: Path) -> None:
     """At one step, so that the group of a script's own goes on in step: the ranks' sum is 3."""
     train = {"steps": 4, "checkpoint_every": 1}
     recipe = make_recipe(tmp_path, train=train, run={"output": str(tmp_path / "run"), "lean": True})
-    done = run_script("raising_callbacks.py", str(recipe), ranks=2)
+    done = run_script("raising_ranks.py", str(recipe), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     said = {k: v for line in done.stdout.splitlines() for k, v in json.loads(line).items()}
+    run, one = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000001"
+    full = "writing failed (No space left on device); what was finished before is whole: free some"
+    both = [
+        f"SharedError: {place}: {full} space and continue with --resume"
+        for place in (run, f"rank 1: {one}", one, one)
+    ]
     first, second = "KeyError: 'pruned'", "UserError: bad"
-    assert said["0"] == [[first, 3.0], [second, 3.0], ["", 3.0]]
+    assert said["0"] == [[each, 3.0] for each in (*both, first, second, "")]
     raised = f"SharedError: rank 0's on_step raised {first}"
     judged = f"SharedError: rank 0's on_evaluate raised {second}"
-    assert said["1"] == [[raised, 3.0], [judged, 3.0], ["", 3.0]]
+    assert said["1"] == [[each, 3.0] for each in (*both, raised, judged, "")]
 
 
 def test_who_waits_for_other_ranks_says_so_once(

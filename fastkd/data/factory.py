@@ -206,6 +206,6 @@ def _in_turn(ranks: Ranks, prepare: Callable[[bool], T]) -> T:
     """Rank 0 prepares and stores, then the others open what it stored."""
     made: list[T] = []
     ranks.from_main(lambda: made.append(prepare(True)))
-    if not ranks.is_main:
-        made.append(prepare(False))
+    # what was made isn't sent
+    ranks.from_each(lambda: None if made else made.append(prepare(False)))
     return made[0]

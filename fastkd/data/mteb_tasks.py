@@ -27,7 +27,8 @@ def load_tasks(names: Sequence[str], ranks: Ranks) -> dict[str, Any]:
     need("evaluate.mteb", "mteb")
     made: list[dict[str, Any]] = []
     ranks.from_main(lambda: made.append(_load(names)))
-    return made[0] if made else _load(names)
+    ranks.from_each(lambda: None if made else made.append(_load(names)))
+    return made[0]
 
 
 def task_digest(task: Any) -> str:

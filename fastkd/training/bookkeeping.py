@@ -227,13 +227,13 @@ class Bookkeeper:
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         """Write down and say what the last steps came to."""
-        line = make_line("train", step, values)
-        # ranks meet here only for what is not fastkd's own
-        if self._called or self.run.recipe.run.monitor != "none":
-            self.run.ranks.from_main(partial(self._append, line))
-        elif self.run.ranks.is_main:
+        line, run = make_line("train", step, values), self.run
+
+        def tell() -> None:
             self._append(line)
-        self.reporter.metrics(step, self.run.recipe.train.steps, _parts(values))
+            self.reporter.metrics(step, run.recipe.train.steps, _parts(values))
+
+        run.ranks.from_main(tell)
         self._call("on_step", step, line)
 
     def _call(self, name: str, step: int, found: Any) -> None:

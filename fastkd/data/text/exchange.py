@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastkd.data.text.packing import IntArray
-from fastkd.distributed import Ranks, default_timeout
+from fastkd.distributed import Ranks
 from fastkd.errors import UserError
+from fastkd.rank_timeout import default_timeout
 
 MEETING = datetime.timedelta(seconds=120)
 """For the connections to be made: ranks are called at the same moment."""

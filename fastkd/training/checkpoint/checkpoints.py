@@ -71,29 +71,37 @@ class Checkpoints:
         """Write engine, random numbers and `state` on all ranks; then drop old checkpoints.
 
         Raises:
-            UserError: the disk is full; earlier checkpoints are untouched.
+            UserError: the disk of any rank is full; earlier checkpoints are untouched.
         """
         tag = f"step-{step:08d}"
         folder = self.folder / tag
-        with disk_errors(folder):
-            if self.ranks.is_main:
+
+        def make() -> None:
+            with disk_errors(folder):
                 _remove(folder)
                 folder.mkdir(parents=True)
-            self.ranks.barrier()
-            training = {**named_state(engine, self.ranks), "run": state}
-            trees = {
-                _of_rank(_PARAMETERS, self.ranks.rank): training.pop("parameters"),
-                _of_rank(_RANDOM, self.ranks.rank): _random_state(self.ranks),
-            }
-            if self.ranks.is_main:
-                trees[_TRAINING] = training
-            written = {name: write_state(folder / name, tree) for name, tree in trees.items()}
-            sync_folder(folder)
-            # nothing is whole before every rank has its files on disk
-            everything = self.ranks.gather(written)
-            if self.ranks.is_main:
+
+        def write() -> dict[str, Written]:
+            with disk_errors(folder):
+                written = {name: write_state(folder / name, tree) for name, tree in trees.items()}
+                sync_folder(folder)
+            return written
+
+        def finish() -> None:
+            with disk_errors(folder):
                 self._finish(folder, engine.zero_optimization_stage(), everything)
-        self.ranks.barrier()
+
+        self.ranks.from_main(make)
+        training = {**named_state(engine, self.ranks), "run": state}
+        trees = {
+            _of_rank(_PARAMETERS, self.ranks.rank): training.pop("parameters"),
+            _of_rank(_RANDOM, self.ranks.rank): _random_state(self.ranks),
+        }
+        if self.ranks.is_main:
+            trees[_TRAINING] = training
+        # nothing is whole before every rank has its files on disk
+        everything = self.ranks.from_each(write)
+        self.ranks.from_main(finish)
 
     def newest(self, say: Callable[[str], None] = lambda text: None) -> str | None:
         """The newest whole checkpoint, or `None` where none was ever finished; all ranks agree.
@@ -230,14 +238,18 @@ class Checkpoints:
     def _fault(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, the same on all ranks; each reads its share."""
         fault, files = self.ranks.from_main(lambda: self._structure(folder))
-        found = [fault]
-        for name in sorted(files)[self.ranks.rank :: self.ranks.world_size]:
-            try:
-                check_content(folder / name, files[name])
-            except Damaged as error:
-                found.append(str(error))
-        everything = [text for texts in self.ranks.gather(found) for text in texts if text]
-        return everything[0] if everything else None
+
+        def look() -> list[str]:
+            found = []
+            for name in sorted(files)[self.ranks.rank :: self.ranks.world_size]:
+                try:
+                    check_content(folder / name, files[name])
+                except Damaged as error:
+                    found.append(str(error))
+            return found
+
+        everything = [text for texts in self.ranks.from_each(look) for text in texts]
+        return next((text for text in (fault, *everything) if text), None)
 
 
 @contextmanager

@@ -94,13 +94,18 @@ class CachePlan:
         assert isinstance(run.teacher, TeacherRunner), "a plan is made for a teacher"
         if not self.filled:
             fill(run, self.folder, self.layout, self.rows, self.settings, progress=progress)
-        missing = not is_complete(self.folder, FIELD, build=run.ranks.is_main)
-        if any(run.ranks.gather(missing)):
-            raise UserError(
-                f"{FIELD}: {self.folder} is not whole on every rank; all ranks must see the same "
-                "folder"
-            )
-        run.teacher.stored = TeacherStates(self.folder, self.layout, self.rows)
+        opened: list[TeacherStates] = []
+
+        def look() -> None:
+            if not is_complete(self.folder, FIELD, build=run.ranks.is_main):
+                raise UserError(
+                    f"{FIELD}: {self.folder} is not whole on every rank; all ranks must see the "
+                    "same folder"
+                )
+            opened.append(TeacherStates(self.folder, self.layout, self.rows))
+
+        run.ranks.from_each(look)
+        (run.teacher.stored,) = opened
 
 
 def plan_cache(run: Run, form: Form) -> CachePlan:

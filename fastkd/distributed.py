@@ -275,9 +275,9 @@ class Ranks:
         result = received
         return result
 
-    def from_each(self, function: Callable[[], T]) -> list[T]:
-        """Run a function on every rank, and give every rank the results of all in their order, or
-        what the first of those raises that raise something.
+    def on_each(self, function: Callable[[], T]) -> T:
+        """Run a function on every rank and give each its own result, or what the first of those
+        raises that raise something.
 
         Args:
             function: which talks to no other rank.
@@ -285,26 +285,27 @@ class Ranks:
         Raises:
             SharedError: on every rank; but who met another kind than a `UserError` raises it.
         """
-        outcome: tuple[Any, str | None]
-        met: BaseException | None = None
         try:
-            outcome = function(), None
+            result = function()
         except Signalled:
             # as above
             raise
         except BaseException as error:
-            met, of = error, f"rank {self.rank}"
+            shared, of = isinstance(error, UserError), f"rank {self.rank}"
             said = f"{of} raised {type(error).__name__}: {error}"
-            if isinstance(error, UserError):
+            if shared:
                 said = str(error) if self.is_main else f"{of}: {error}"
-            outcome = None, said
-        everything: list[tuple[Any, str | None]] = self.gather(outcome)
-        if met is not None and not isinstance(met, UserError):
-            raise met
-        told = [said for _, said in everything if said is not None]
-        if told:
-            raise SharedError(told[0]) from met
-        return [result for result, _ in everything]
+            told = self._first_told(said)
+            if shared:
+                raise SharedError(told or said) from error
+            raise
+        told = self._first_told(None)
+        if told is not None:
+            raise SharedError(told)
+        return result
+
+    def _first_told(self, said: str | None) -> str | None:
+        return next((told for told in self.gather(said) if told is not None), None)
 
     def _sent(self, outcome: tuple[Any, str | None]) -> tuple[Any, str | None]:
         """What rank 0 has, on every rank."""

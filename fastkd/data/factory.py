@@ -206,6 +206,4 @@ def _in_turn(ranks: Ranks, prepare: Callable[[bool], T]) -> T:
     """Rank 0 prepares and stores, then the others open what it stored."""
     made: list[T] = []
     ranks.from_main(lambda: made.append(prepare(True)))
-    # what was made isn't sent
-    ranks.from_each(lambda: None if made else made.append(prepare(False)))
-    return made[0]
+    return ranks.on_each(lambda: made[0] if made else prepare(False))

@@ -27,8 +27,7 @@ def load_tasks(names: Sequence[str], ranks: Ranks) -> dict[str, Any]:
     need("evaluate.mteb", "mteb")
     made: list[dict[str, Any]] = []
     ranks.from_main(lambda: made.append(_load(names)))
-    ranks.from_each(lambda: None if made else made.append(_load(names)))
-    return made[0]
+    return ranks.on_each(lambda: made[0] if made else _load(names))
 
 
 def task_digest(task: Any) -> str:

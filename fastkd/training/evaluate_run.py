@@ -49,8 +49,8 @@ def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> E
             that no override names are not what they were.
     """
     check_overrides(overrides)
-    summary = folder.read_finished()
-    made, recipe = folder.read_recipe(), folder.read_recipe(overrides)
+    summary = ranks.on_each(folder.read_finished)
+    made, recipe = ranks.on_each(lambda: (folder.read_recipe(), folder.read_recipe(overrides)))
     check_recipes("evaluate", recipe, ranks, run=summary)
     check_packages(recipe)
     _check_selection(made, recipe)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -163,10 +164,12 @@ def gather_distillation(
     recipe: Recipe, plan: BatchPlan, ranks: Ranks, progress: bool, made: RunFolder | None
 ) -> Parts:
     """Load, build and check what a distillation is made of, see `gather`."""
-    models = _models(recipe, plan, ranks, made)
+    # a rank whose disk fails would leave the others in what they do together
+    models = ranks.on_each(partial(_models, recipe, plan, ranks.device, made))
+    check_alike(_read_of(recipe, models, made), ranks)
     # before the data, which takes long to read, and may tell how many steps there are
     tasks = load_tasks(() if recipe.evaluate is None else recipe.evaluate.mteb, ranks)
-    objective = _objective(recipe, models, made)
+    objective = ranks.on_each(partial(_objective, recipe, models, made))
     begun = [] if made is not None else begin_projection(recipe, objective, models.student)
     tokenizers, configs = models.tokenizers, models.configs
     prompt = find_default_prompt(recipe)
@@ -217,11 +220,13 @@ def gather_distillation(
     )
 
 
-def _models(recipe: Recipe, plan: BatchPlan, ranks: Ranks, made: RunFolder | None) -> _Models:
+def _models(
+    recipe: Recipe, plan: BatchPlan, device: torch.device, made: RunFolder | None
+) -> _Models:
     """Load, build and try both models, and what makes embeddings of them."""
     task = None if recipe.task is None else task_of(recipe.task)
     start = recipe.student.starts_from
-    teacher = _teacher(recipe, ranks, task)
+    teacher = _teacher(recipe, device, task)
     if task is not None and made is None and start is not None:
         check_start(start, task)
     teacher_traits = _traits(teacher, recipe)
@@ -236,17 +241,10 @@ def _models(recipe: Recipe, plan: BatchPlan, ranks: Ranks, made: RunFolder | Non
     compare_lengths(recipe, recipe.teacher.source, teachers, "teacher.model")
     traits = _traits(student, recipe), teacher_traits
     if made is None:
-        check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *size_of_model(student))
+        check_micro_batch(recipe, plan.micro_batch_size, device, *size_of_model(student))
     pooling = own_pooling(recipe, student, teacher, start)
     prompts = handed_on_prompts(recipe)
     others = load_others(recipe, teacher, teachers)
-    # a folder may have another name on another machine
-    read = {f"teacher.others.{number}": each.model for number, each in enumerate(others, start=1)}
-    if recipe.teacher.placement == "replicate":
-        read["teacher.model"] = teacher
-    if made is not None:
-        read["student"] = student
-    check_alike(read, ranks)
     typed = share_token_types(teacher, *(other.model for other in others))
     first = student if tokenizers.teacher else share_token_types(typed, student)
     return _Models(
@@ -263,6 +261,16 @@ def _models(recipe: Recipe, plan: BatchPlan, ranks: Ranks, made: RunFolder | Non
         prompts=prompts,
         notes=notes,
     )
+
+
+def _read_of(recipe: Recipe, models: _Models, made: RunFolder | None) -> dict[str, PreTrainedModel]:
+    """What every rank has read for itself: a folder may have another name on another machine."""
+    read = {f"teacher.others.{n}": each.model for n, each in enumerate(models.others, start=1)}
+    if recipe.teacher.placement == "replicate":
+        read["teacher.model"] = models.teacher
+    if made is not None:
+        read["student"] = models.student
+    return read
 
 
 def _objective(recipe: Recipe, models: _Models, made: RunFolder | None) -> Objective:
@@ -301,10 +309,10 @@ def _choose_channels(recipe: Recipe, models: _Models, read: Iterator[Inputs], ra
     models.initialisation = replace(models.initialisation, copied=found)
 
 
-def _teacher(recipe: Recipe, ranks: Ranks, task: Task | None) -> PreTrainedModel:
+def _teacher(recipe: Recipe, device: torch.device, task: Task | None) -> PreTrainedModel:
     """The first teacher, with a head for the task where there is one."""
     section, called = recipe.teacher, f"teacher.model {recipe.teacher.source.name}"
-    check_eight_bits(section.eight_bits, ranks.device)
+    check_eight_bits(section.eight_bits, device)
     teacher = load_teacher(
         section.source,
         dtype=getattr(torch, section.states),

@@ -1,8 +1,8 @@
 """Let one rank end a run, of ranks that have a process group of their own.
 
-Used as `python raising_ranks.py recipe.yaml`, in two ranks: rank 0's functions raise, or a file of
-one of them finds the disk full. Every rank prints one line of JSON: of each call of `distill` what
-it raised, and the sum that the ranks make together right after it.
+Used as `python raising_ranks.py recipe.yaml`, in two ranks: rank 0's functions raise, or a disk of
+one of them fails. Every rank prints one line of JSON: of each call of `distill` what it raised, and
+the sum that the ranks make together right after it.
 """
 
 import errno
@@ -14,20 +14,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from disk_changes import on_change
 
 import fastkd
 
 # who waits for a rank that raised alone waits no longer than this
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 rank, said = dist.get_rank(), []
-full: list[str] = []
+failing: list[str] = []
 
 
-def fail(event: str, path: str) -> None:
-    """Let the disk be full for files that are called so; it lets go of what it has."""
-    if full and full[0] in path and event in ("open", "os.mkdir"):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+def fail(event: str, given: tuple[Any, ...]) -> None:
+    """Let no file be opened, and no folder made, that is called so."""
+    if failing and event in ("open", "os.mkdir") and failing[0] in str(given[0]):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(given[0]))
 
 
 def end_step(step: int, _line: dict[str, Any]) -> None:
@@ -42,8 +41,9 @@ def end_evaluation(step: int, _found: Any) -> None:
         raise fastkd.UserError("bad")
 
 
-on_change(fail)
+sys.addaudithook(fail)
 for name, of, functions in (
+    ("/teacher/config.json", 1, {}),
     ("/metrics.jsonl", 0, {}),
     ("/parameters_rank_00001.safetensors", 1, {}),
     ("/step-00000001/.manifest.json", 0, {}),
@@ -53,7 +53,7 @@ for name, of, functions in (
     ("", None, {}),
 ):
     raised = ""
-    full[:] = [name] if of == rank else []
+    failing[:] = [name] if of == rank else []
     try:
         # who is not called needs none
         given: dict[str, Any] = functions if rank == 0 else {}

@@ -100,7 +100,7 @@ class Checkpoints:
         if self.ranks.is_main:
             trees[_TRAINING] = training
         # nothing is whole before every rank has its files on disk
-        everything = self.ranks.from_each(write)
+        everything = self.ranks.gather(self.ranks.on_each(write))
         self.ranks.from_main(finish)
 
     def newest(self, say: Callable[[str], None] = lambda text: None) -> str | None:
@@ -248,8 +248,8 @@ class Checkpoints:
                     found.append(str(error))
             return found
 
-        everything = [text for texts in self.ranks.from_each(look) for text in texts]
-        return next((text for text in (fault, *everything) if text), None)
+        damaged = [text for texts in self.ranks.gather(self.ranks.on_each(look)) for text in texts]
+        return damaged[0] if fault is None and damaged else fault
 
 
 @contextmanager

@@ -94,18 +94,16 @@ class CachePlan:
         assert isinstance(run.teacher, TeacherRunner), "a plan is made for a teacher"
         if not self.filled:
             fill(run, self.folder, self.layout, self.rows, self.settings, progress=progress)
-        opened: list[TeacherStates] = []
 
-        def look() -> None:
+        def opened() -> TeacherStates:
             if not is_complete(self.folder, FIELD, build=run.ranks.is_main):
                 raise UserError(
                     f"{FIELD}: {self.folder} is not whole on every rank; all ranks must see the "
                     "same folder"
                 )
-            opened.append(TeacherStates(self.folder, self.layout, self.rows))
+            return TeacherStates(self.folder, self.layout, self.rows)
 
-        run.ranks.from_each(look)
-        (run.teacher.stored,) = opened
+        run.teacher.stored = run.ranks.on_each(opened)
 
 
 def plan_cache(run: Run, form: Form) -> CachePlan:

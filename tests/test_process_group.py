@@ -85,15 +85,17 @@ def test_what_one_rank_raises_ends_the_run_on_every_rank(tmp_path: Path) -> None
     said = {k: v for line in done.stdout.splitlines() for k, v in json.loads(line).items()}
     run, one = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000001"
     full = "writing failed (No space left on device); what was finished before is whole: free some"
-    teacher = f"rank 1: teacher.model {tmp_path / 'teacher'}: not loadable ([Errno 28] No space"
+    teacher = f"SharedError: rank 1: teacher.model {tmp_path / 'teacher'}: not loadable ([Errno 28]"
+    recipe_read = f"SharedError: rank 1: {run}/recipe.yaml: not a readable recipe ([Errno 28]"
     both = [
         f"SharedError: {place}: {full} space and continue with --resume"
         for place in (run, f"rank 1: {one}", one, one)
     ]
     first, second = "KeyError: 'pruned'", "UserError: bad"
     for found in said.values():
-        read, total = found.pop(0)
-        assert read.startswith(f"SharedError: {teacher}") and total == 3.0
+        for place, expected in ((0, teacher), (-1, recipe_read)):
+            read, total = found.pop(place)
+            assert read.startswith(expected) and total == 3.0
     assert said["0"] == [[each, 3.0] for each in (*both, first, second, "")]
     raised = f"SharedError: rank 0's on_step raised {first}"
     judged = f"SharedError: rank 0's on_evaluate raised {second}"

@@ -1,8 +1,8 @@
 """Let one rank end a run, of ranks that have a process group of their own.
 
 Used as `python raising_ranks.py recipe.yaml`, in two ranks: rank 0's functions raise, or a disk of
-one of them fails. Every rank prints one line of JSON: of each call of `distill` what it raised, and
-the sum that the ranks make together right after it.
+one of them fails. Every rank prints one line of JSON: of each call what it raised, and the sum that
+the ranks make together right after it.
 """
 
 import errno
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,13 +52,18 @@ for name, of, functions in (
     ("", None, {"on_step": end_step}),
     ("", None, {"on_evaluate": end_evaluation}),
     ("", None, {}),
+    # of an evaluation
+    ("/run/recipe.yaml", 1, None),
 ):
     raised = ""
     failing[:] = [name] if of == rank else []
     try:
-        # who is not called needs none
-        given: dict[str, Any] = functions if rank == 0 else {}
-        fastkd.distill(sys.argv[1], resume=True, quiet=True, **given)
+        if functions is None:
+            fastkd.evaluate(Path(sys.argv[1]).parent / "run", quiet=True)
+        else:
+            # who is not called needs none
+            given: dict[str, Any] = functions if rank == 0 else {}
+            fastkd.distill(sys.argv[1], resume=True, quiet=True, **given)
     except (KeyError, fastkd.UserError) as error:
         raised = f"{type(error).__name__}: {error}"
     total = torch.tensor([rank + 1.0])

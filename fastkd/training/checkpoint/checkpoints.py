@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,20 +145,23 @@ class Checkpoints:
         """
         folder = self.folder / tag
         manifest = self.ranks.from_main(lambda: read_manifest(folder))
+        each, world_size = self.ranks.on_each, manifest.world_size
         try:
-            training = read_state(folder / _TRAINING)
-            with _opened_parameters(folder, manifest.world_size) as parameters:
+            training = each(partial(read_state, folder / _TRAINING))
+            with ExitStack() as stack:
+                opened = _opened_parameters(folder, world_size)
+                parameters = each(partial(stack.enter_context, opened))
                 load_named_state(engine, {**training, "parameters": parameters}, self.ranks)
-            self._restore_random_state(folder, manifest.world_size, seed)
+            each(partial(self._restore_random_state, folder, world_size, seed))
             state: dict[str, Any] = training["run"]
         except FOREIGN_ERRORS as error:
             raise UserError(
                 f"{folder}: this run can't be continued from it ({one_line(error)}); see that it "
                 "is a checkpoint of this run"
             ) from error
-        if manifest.world_size != self.ranks.world_size:
+        if world_size != self.ranks.world_size:
             say(
-                f"{tag} was written by {_ranks(manifest.world_size)}, this is a run of "
+                f"{tag} was written by {_ranks(world_size)}, this is a run of "
                 f"{_ranks(self.ranks.world_size)}: the steps read the same data, dropout draws "
                 "other numbers"
             )

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import triton.language as tl
 from conditioning import check_rounding, exactly
 from divergence_cases import exactly_defined, holes, near_states
 from fastkd_kernels import AttentionDivergenceKind, attention_divergence
@@ -147,6 +148,27 @@ def test_a_teacher_of_its_own_student_costs_nothing(kind: str) -> None:
     same = trained(cast(teacher, torch.float16))
     made = triton_made((same, teacher), kind=kind, gain=2.0**40)
     assert all(not value.any() for value in made)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU rounds bf16 slopes itself")
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharp_maps_far_apart_keep_what_slopes_are_rounded_to(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slopes enter their products in half precision, as those of bf16 do, and lose no more.
+
+    The interpreter has fp16 alone, and hidden keys in each block keep exponentials in its range.
+    """
+    types = triton_path.kernel_types
+    monkeypatch.setattr(
+        triton_path, "kernel_types", lambda *dtypes: types(*dtypes) | {"GRAD_TYPE": tl.float16}
+    )
+    states = attention_states(2, 1, 2, 300, (8, 8), dtype=torch.float16, device=DEVICE)
+    mask = torch.arange(300, device=DEVICE)[None] % 128 != 5
+    options = {"kind": kind, "temperature": 0.25, "gain": GAIN, "key_mask": mask}
+    given = triton_made(states, **options)
+    define = exactly_defined(states, **options)
+    check_rounding(define, given, anew=True, operands=torch.float16)
 
 
 def test_scores_that_are_capped_turned_or_with_sinks_are_left_to_other_kernels(

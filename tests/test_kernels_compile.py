@@ -15,6 +15,7 @@ import pytest
 import torch
 import triton
 from compiled_apart import compiled_apart, fits
+from fastkd_kernels.attention_divergence import triton_path as divergence_path
 from fastkd_kernels.attention_score_mse.triton_path import causal_chunk, gram_launch, tile_launch
 from fastkd_kernels.common import launch
 from fastkd_kernels.hidden import triton_path
@@ -213,6 +214,30 @@ def test_tile_launch(kernel: str, tokens: int, dims: tuple[int, int], dtype: tor
         assert isinstance(size, int)
         assert size >= 16
         assert size & (size - 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("chip", "taken"),
+    [
+        (80, True),
+        (89, True),
+        (90, True),
+        (120, True),
+        (100, False),
+        (103, False),
+        ("gfx942", False),
+    ],
+)
+def test_chips_whose_products_land_in_registers(
+    chip: int | str, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "architecture", lambda: chip)
+    half = (torch.float16, torch.bfloat16)
+    assert divergence_path.takes_two_sweeps("js", (64, 128), half) == taken
+    assert divergence_path.takes_two_sweeps("mse", (64, 128), half) == taken
+    assert divergence_path.takes_two_sweeps("mse", (128, 64), half) == (chip == 90)
+    assert not divergence_path.takes_two_sweeps("kl", (64, 256), half)
+    assert not divergence_path.takes_two_sweeps("kl", (64, 64), (torch.float16, torch.float32))
 
 
 def test_precision_of_products() -> None:

@@ -31,9 +31,9 @@ KINDS = get_args(AttentionDivergenceKind)
 
 @pytest.fixture(autouse=True)
 def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test here runs the two sweeps: on an A100 to an H100 or, interpreted, as on an H100."""
+    """Every test here runs the two sweeps, interpreted with the blocks of an H100."""
     if torch.cuda.is_available() and not launch.holds_products():
-        pytest.skip("needs an A100 to an H100, or no GPU")
+        pytest.skip("products of this GPU do not land in registers")
     blocks_of(90, monkeypatch)
     calls = []
     run = triton_path._two_sweeps

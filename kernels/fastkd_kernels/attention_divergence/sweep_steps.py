@@ -137,6 +137,7 @@ def query_step(
         if not WHOLE:
             log_p, log_t = tl.where(seen, log_p, -NEVER), tl.where(seen, log_t, -NEVER)
         _, product, _, p = outcome_terms(log_p, log_t, KIND, True)
+        # "js" takes p alone
         t = p
         sums, constants = known_sums(sums, p, product)
     else:

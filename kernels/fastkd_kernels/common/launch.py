@@ -88,10 +88,10 @@ def is_hopper() -> bool:
 
 
 def holds_products() -> bool:
-    """Whether products land in registers, as from an A100 to an H100; newer chips of data centres
-    have a memory for them."""
+    """Whether products land in registers: from an A100 to an H100, and on GPUs of desktops; newer
+    ones of data centres have a memory for them."""
     chip = architecture()
-    return isinstance(chip, int) and 80 <= chip <= 90
+    return isinstance(chip, int) and (80 <= chip <= 90 or chip >= 120)
 
 
 def stages_that_fit(most: int, stage: int, besides: int) -> int:

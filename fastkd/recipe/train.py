@@ -68,7 +68,8 @@ class Train(Section):
     """Global gradient norm is clipped to this; 0 switches clipping off."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the student's forward and backward; master weights are fp32. `auto` is bf16 on a
-    GPU that computes in it, fp32 elsewhere and with `zero_stage` 0."""
+    GPU that computes in it, fp32 elsewhere, with `zero_stage` 0, and of a model that keeps some
+    parameters in fp32."""
     tf32: bool = True
     """Whether products of fp32 matrices in the models read TF32 on a GPU, where the process has not
     said otherwise; those of the kernels never do."""

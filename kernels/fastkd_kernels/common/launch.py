@@ -1,7 +1,8 @@
 """Launch parameters: data and pure functions, so that a test can read them without a GPU.
 
-Blocks for half precision were timed on an H100; every kernel compiles for sm_80, sm_90, sm_100 and
-gfx942, some with a register spill, and `tests/test_kernels_compile.py` says of how much.
+Blocks for half precision were timed on an H100, but those of the divergences' two sweeps, which are
+chosen by their machine code; every kernel compiles for sm_80, sm_90, sm_100 and gfx942, some with a
+register spill, and `tests/test_kernels_compile.py` says of how much.
 """
 
 from collections.abc import Sequence

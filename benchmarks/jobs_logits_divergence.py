@@ -6,7 +6,7 @@ from typing import get_args
 import torch
 from fastkd_kernels import LogitsDivergenceKind
 from fastkd_kernels.logits_divergence import triton_path
-from fastkd_kernels.logits_divergence.torch_path import Divergence
+from fastkd_kernels.logits_divergence.torch_path import Divergence, Finish
 from triton import cdiv
 
 from benchmarks.jobs import Call, Loop, Seen
@@ -17,10 +17,12 @@ WORKLOADS = tuple(LOGITS.values())
 QUICK = ("logits-32k-2048",)
 # kinds whose gradient needs a sum over the row first
 CENTRED = ("reverse_kl", "js", "skew_kl")
+PLAIN = Finish()
+CAPPED = Finish(0.5, 30.0)
 
 
 def calls(work: LogitsWorkload, dtype: torch.dtype, count: int) -> Iterator[Call]:
-    """Every kind of two heads, then what only some calls have: labels, no gradient.
+    """Every kind of two heads, then what only some calls have: labels, no gradient, soft caps.
 
     In fp32 the products are Triton's, with operands aligned or not, and one kind stands for all.
     """
@@ -33,6 +35,7 @@ def calls(work: LogitsWorkload, dtype: torch.dtype, count: int) -> Iterator[Call
         yield Call(kind, lambda kind=kind: _run(work, dtype, kind))
     yield Call("labelled", lambda: _run(work, dtype, "kl", labelled=True), counted=False)
     yield Call("values", lambda: _run(work, dtype, "js", gradient=False), counted=False)
+    yield Call("capped", lambda: _run(work, dtype, "js", finish=CAPPED), counted=False)
 
 
 def _run(
@@ -42,6 +45,7 @@ def _run(
     *,
     labelled: bool = False,
     gradient: bool = True,
+    finish: Finish = PLAIN,
 ) -> None:
     student, teacher = (
         (
@@ -50,7 +54,7 @@ def _run(
         )
         for width in work.widths
     )
-    how = Divergence(kind, 1.0, 0.5, 1.0, work.vocabulary)
+    how = Divergence(kind, 1.0, 0.5, 1.0, work.vocabulary, finish, finish)
     mask = meta(work.batch, work.tokens, dtype=torch.bool) if labelled else None
     labels = meta(work.batch, work.tokens, dtype=torch.int64) if labelled else None
     factors = meta(2 if labelled else 1, dtype=torch.float32)

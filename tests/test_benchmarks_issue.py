@@ -181,11 +181,11 @@ def test_products_of_the_library_are_recorded() -> None:
 def test_digest_of_source_is_of_all_that_a_kernel_calls() -> None:
     """And not of its comments."""
     from fastkd_kernels.attention_divergence import tile_jit, triton_kernels
-    from fastkd_kernels.common import attention_jit
+    from fastkd_kernels.common import soft_cap_jit
 
     kernel = triton_kernels._rows_kernel
     before = source_digest(kernel)
-    reached, other = attention_jit.soft_cap, attention_jit.cap_slope
+    reached, other = soft_cap_jit.soft_cap, soft_cap_jit.cap_slope
     globals_of = vars(tile_jit)
     try:
         source_digest.cache_clear()

@@ -12,13 +12,15 @@ from logits_cases import FORMS, LogitsCase, logits_case, tensors_of
 from torch import Tensor
 
 GPU = torch.cuda.is_available()
+# factor and cap of the student's head, then of the teacher's
+FINISHES = [2.0, 3.0, 1.0, float("inf")]
 BACKENDS = ["torch", "triton"] if not GPU else ["torch"]
 
 
 def arguments(case: LogitsCase, labels: Tensor | None) -> tuple[Any, ...]:
     sides = (case.leaves, tensors_of(case.teacher))
     counts = torch.tensor([0.25, 0.5][: 1 if labels is None else 2])
-    return (*sides, case.options["mask"], labels, counts, "js", 2.0, 0.3, 4.0, 12)
+    return (*sides, case.options["mask"], labels, counts, "js", 2.0, 0.3, 4.0, 12, FINISHES)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

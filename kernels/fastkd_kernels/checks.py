@@ -280,13 +280,17 @@ def check_state(name: str, state: object) -> None:
             f"{name} has {query.shape[1]} query heads and {key.shape[1]} key heads; "
             "the key heads must divide the query heads"
         )
-    if not is_number(state.scale):
-        raise TypeError(f"{name}.scale must be a float, got {type(state.scale).__name__}")
+    _check_scale(f"{name}.scale", state.scale, "head_dim ** -0.5")
+
+
+def _check_scale(name: str, scale: object, usual: str) -> None:
+    if not is_number(scale):
+        raise TypeError(f"{name} must be a float, got {type(scale).__name__}")
     smallest, largest = SCALES
-    if not smallest <= abs(state.scale) <= largest:
+    if not smallest <= abs(scale) <= largest:
         raise ValueError(
-            f"{name}.scale is {state.scale}; expected a factor of a size from {smallest:g} to "
-            f"{largest:g}, usually head_dim ** -0.5"
+            f"{name} is {scale}; expected a factor of a size from {smallest:g} to "
+            f"{largest:g}, usually {usual}"
         )
 
 
@@ -435,8 +439,10 @@ def look_at_logits(
     sides: list[Any] = [
         side if type(side) is LogitsHead else (side,) for side in (student, teacher)
     ]
-    given = ("logits", *map(len, sides), *options)
-    return look_of_options(given, (*sides[0], *sides[1], mask, labels))
+    # what a head multiplies, and the numbers of its finish
+    tensors, numbers = [side[:3] for side in sides], [side[3:] for side in sides]
+    given = ("logits", *map(len, tensors), *numbers[0], *numbers[1], *options)
+    return look_of_options(given, (*tensors[0], *tensors[1], mask, labels))
 
 
 def check_logits(
@@ -490,6 +496,8 @@ def _logits_side(name: str, side: object) -> list[Tensor]:
             f"{name} must be a LogitsHead(hidden, weight, bias) or a tensor of logits, "
             f"got {type(side).__name__}"
         )
+    _check_scale(f"{name}.scale", side.scale, "1")
+    check_softcap(f"{name}.softcap", side.softcap)
     _check_logits_states(f"{name}.hidden", side.hidden, "width")
     check_tensor(f"{name}.weight", side.weight, "vocab, width")
     if side.weight.shape[1] != side.hidden.shape[-1]:

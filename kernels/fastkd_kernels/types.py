@@ -63,12 +63,16 @@ TeacherWeights = Sequence[Sequence[float] | None]
 
 
 class LogitsHead(NamedTuple):
-    """What a model's logits are made of: `hidden @ weight^T + bias`, which is never stored.
+    """What a model's logits are made of: `scale * (hidden @ weight^T + bias)`, never stored.
 
     hidden: `[batch, tokens, width]` or `[rows, width]`; weight: `[vocab, width]` as in `nn.Linear`;
-    bias: `[vocab]` or None.
+    bias: `[vocab]` or None. `scale` is the factor that Granite, Cohere and Falcon-H1 put on what
+    the last layer gives. With a `softcap`, Gemma 2's, logits z become `softcap * tanh(z / softcap)`
+    (arXiv 2408.00118, section 2). Both are from 1e-20 to 1e20.
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None

@@ -15,6 +15,8 @@ KINDS: tuple[str, ...] = get_args(LogitsDivergenceKind)
 FORMS = [("head", "head"), ("head", "logits"), ("logits", "head"), ("logits", "logits")]
 
 Side = LogitsHead | Tensor
+# a head's scale and soft cap
+Finish = tuple[float, float | None]
 
 
 @dataclass
@@ -33,15 +35,13 @@ class LogitsCase:
 
     def with_leaves(self, leaves: Sequence[Tensor]) -> "LogitsCase":
         """The same case around another student, in the order of `leaves`."""
-        made = leaves[0] if isinstance(self.student, Tensor) else LogitsHead(*leaves)
-        return replace(self, student=made)
+        return replace(self, student=made_of(self.student, leaves))
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "LogitsCase":
         """Every tensor of both sides changed; the student's require grad."""
         leaves = [change(tensor.detach()).requires_grad_() for tensor in self.leaves]
         target = [change(tensor) for tensor in tensors_of(self.teacher)]
-        made = target[0] if isinstance(self.teacher, Tensor) else LogitsHead(*target)
-        return replace(self.with_leaves(leaves), teacher=made)
+        return replace(self.with_leaves(leaves), teacher=made_of(self.teacher, target))
 
     def cast(self, dtype: torch.dtype) -> "LogitsCase":
         return self.mapped(lambda tensor: tensor.to(dtype))
@@ -70,7 +70,15 @@ class LogitsCase:
 def tensors_of(side: Side) -> list[Tensor]:
     if isinstance(side, Tensor):
         return [side]
-    return [tensor for tensor in side if tensor is not None]
+    return [tensor for tensor in side[:3] if tensor is not None]
+
+
+def made_of(side: Side, tensors: Sequence[Tensor]) -> Side:
+    """A side like `side` of other tensors, in the order of `tensors_of`."""
+    if isinstance(side, Tensor):
+        return tensors[0]
+    bias = tensors[2] if tensors[2:] else None
+    return LogitsHead(tensors[0], tensors[1], bias, *side[3:])
 
 
 def logits_case(
@@ -80,6 +88,7 @@ def logits_case(
     vocabularies: tuple[int, int] = (13, 12),
     widths: tuple[int, int] = (6, 4),
     biases: tuple[bool, bool] = (True, False),
+    finishes: tuple[Finish, Finish] = ((1.0, None), (1.0, None)),
     masked: bool = True,
     labelled: bool = False,
     dtype: torch.dtype = torch.float64,
@@ -99,7 +108,8 @@ def logits_case(
         if forms[index] == "logits":
             return made(*lead, vocabulary)
         bias = made(vocabulary) if biases[index] else None
-        return LogitsHead(made(*lead, width), made(vocabulary, width) * 2 / width**0.5, bias)
+        weight = made(vocabulary, width) * 2 / width**0.5
+        return LogitsHead(made(*lead, width), weight, bias, *finishes[index])
 
     student, teacher = side(0), side(1)
     if masked:

@@ -272,6 +272,8 @@ def logits(draw: Random, small: bool) -> Problem:
         "beta": draw.choice([0.5, 0.1, 0.9]),
         "skew": draw.choice([0.1, 0.7]),
     }
+    # of both models, so that either may be the other's twin
+    finish = (draw.choice([1.0, 0.5]), draw.choice([None, 3.0]))
     labels = None
     if draw.random() < 0.5:
         shape = (common.batch, common.tokens)
@@ -279,7 +281,10 @@ def logits(draw: Random, small: bool) -> Problem:
         labels[torch.rand(shape, generator=common.generator) < 0.2] = -100
 
     def side(states: list[Tensor], parameters: list[Tensor]) -> Any:
-        return LogitsHead(states[0], *parameters) if parameters else states[0]
+        if not parameters:
+            return states[0]
+        weight, *rest = parameters
+        return LogitsHead(states[0], weight, *(rest or [None]), *finish)
 
     def arguments(problem: Problem) -> tuple[list[Any], dict[str, Any]]:
         own = side(problem.student, problem.trained)

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from ..common.attention_jit import (
-    cap_slope,
     head_rows,
     item_base,
     load_cap,
@@ -18,6 +17,7 @@ from ..common.attention_jit import (
     visible,
 )
 from ..common.divergences_jit import add_exponentials, below, divergence_slopes
+from ..common.soft_cap_jit import cap_slope
 from .tile_jit import finished_constant, log_sums, outcome_terms, raw_sizes, seen_scores
 
 

@@ -13,7 +13,7 @@ MASKED says that a tile can have entries that no row sees. Nothing here reads or
 import triton
 import triton.language as tl
 
-from ..common.attention_jit import LN2, LOG2E, sizes_of, soft_cap
+from ..common.attention_jit import LN2, LOG2E, sizes_of
 from ..common.divergences_jit import (
     divergence_slopes,
     hidden_score,
@@ -22,6 +22,7 @@ from ..common.divergences_jit import (
     shift_of,
     terms_of,
 )
+from ..common.soft_cap_jit import soft_cap
 
 # below this log-ratio in bits, the difference of a term has fewer digits than its series
 NEAR: tl.constexpr = tl.constexpr(0.25)

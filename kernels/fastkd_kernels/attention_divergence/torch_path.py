@@ -22,6 +22,7 @@ from ..common.head_groups import (
     stacked_like,
     zeroed_sources,
 )
+from ..common.soft_cap import cap_scores
 
 # one block of scores takes about this much; a formula holds four of them at once
 BLOCK_BYTES = 1 << 18
@@ -119,11 +120,11 @@ def _group_sweep(
         teacher_scores = (teacher_rows * pair.teacher_scale) @ teacher_key[:, first:last].mT
         cap_slope = None
         if pair.student_softcap is not None:
-            cap_slope = _cap_scores(
+            cap_slope = cap_scores(
                 student_scores, pair.student_softcap, need_slope=outs is not None
             )
         if pair.teacher_softcap is not None:
-            _cap_scores(teacher_scores, pair.teacher_softcap, need_slope=False)
+            cap_scores(teacher_scores, pair.teacher_softcap, need_slope=False)
         for tile in (student_scores, teacher_scores):
             _hide(tile, hidden_keys, (start, stop, first, last), causal, window, low)
         if sinks is not None:
@@ -156,15 +157,6 @@ def _group_sweep(
         # and their queries are 0
         outs[1][:, first:last].baddbmm_(slope.mT, student_rows)
     return total
-
-
-def _cap_scores(scores: Tensor, softcap: float, *, need_slope: bool) -> Tensor | None:
-    """`softcap * tanh(scores / softcap)` in place of the scores; its derivative if needed."""
-    scores.div_(softcap)
-    # 1 / cosh^2, because 1 - tanh^2 has no digits left where the cap is reached
-    slope = scores.cosh().square_().reciprocal_() if need_slope else None
-    scores.tanh_().mul_(softcap)
-    return slope
 
 
 def _with_sinks(tile: Tensor, sinks: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ import triton.language as tl
 from ..common.attention_jit import (
     both_rows,
     both_tiles,
-    cap_slope,
     head_base,
     key_sides,
     keys_seen,
@@ -44,6 +43,7 @@ from ..common.attention_jit import (
     whole_rows,
 )
 from ..common.divergences_jit import add_exponentials, below, divergence_slopes
+from ..common.soft_cap_jit import cap_slope
 from .tile_jit import (
     finished_constant,
     log_sums,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..common.autograd import accumulator
 from ..common.divergences import row_divergence
+from ..common.soft_cap import cap_scores
 
 # the scores of one block of rows, over the heads of one product, take about this much
 BLOCK_BYTES = 1 << 20
@@ -154,7 +155,7 @@ def _target_scores(pair: Pair, query: Tensor, key: Tensor, unseen: Tensor) -> Te
         scores = query[heads].reshape(-1, dim) @ key[group].mT
         scores = scores.mul_(pair.teacher_scale).view(repeat, rows, -1)
         if pair.teacher_softcap is not None:
-            scores.div_(pair.teacher_softcap).tanh_().mul_(pair.teacher_softcap)
+            cap_scores(scores, pair.teacher_softcap, need_slope=False)
         scores.masked_fill_(unseen, low)
         if pair.teacher_sinks is None:
             total += scores.softmax(-1).sum(0)

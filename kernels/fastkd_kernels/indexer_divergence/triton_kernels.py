@@ -26,7 +26,6 @@ from ..common.attention_jit import (
     program_rows,
     rows_at,
     score_tile,
-    soft_cap,
     store_head,
     valid_rows,
     visible,
@@ -41,6 +40,7 @@ from ..common.divergences_jit import (
     shift_of,
     terms_of,
 )
+from ..common.soft_cap_jit import soft_cap
 from ..common.wide_loads import load_wide, store_wide
 
 

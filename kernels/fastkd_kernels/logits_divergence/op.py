@@ -20,7 +20,7 @@ from ..common.plan import Plan, losses_in, plan_for
 from ..common.remembered import remembered
 from ..types import Backend, LogitsDivergenceKind, LogitsHead
 from . import torch_path
-from .torch_path import Divergence, Gradients
+from .torch_path import Divergence, Finish, Gradients
 
 
 def logits_divergence(
@@ -51,8 +51,8 @@ def logits_divergence(
     * "mse": the squared difference of raw logits, a mean over the vocabulary, not a sum.
 
     Args:
-        student: A `LogitsHead` or logits `[batch, tokens, vocab]` or `[rows, vocab]`, finite, in
-            bf16, fp16, fp32 or fp64.
+        student: A `LogitsHead`, perhaps with a scale and a soft cap, or logits
+            `[batch, tokens, vocab]` or `[rows, vocab]`, finite, in bf16, fp16, fp32 or fp64.
         teacher: The same, of other width or vocabulary if need be; either side may be plain logits.
             Vocabularies of different sizes are cut to the shared prefix.
         kind: The divergence.
@@ -90,7 +90,13 @@ def logits_divergence(
 
 def _tensors_of(side: LogitsHead | Tensor) -> list[Tensor]:
     """`[logits]`, `[hidden, weight]` or `[hidden, weight, bias]`."""
-    return [side] if isinstance(side, Tensor) else [of for of in side if of is not None]
+    return [side] if isinstance(side, Tensor) else [of for of in side[:3] if of is not None]
+
+
+def _finish_of(side: LogitsHead | Tensor) -> Finish:
+    if isinstance(side, Tensor):
+        return Finish()
+    return Finish(float(side.scale), math.inf if side.softcap is None else float(side.softcap))
 
 
 def _checked_plan(
@@ -123,6 +129,7 @@ def _checked_plan(
         float(skew if kind == "skew_kl" else beta),
         float(temperature) ** 2 if scale_by_temperature else 1.0,
         shared,
+        [*_finish_of(student), *_finish_of(teacher)],
         grad and states.requires_grad,
         grad and any([tensor.requires_grad for tensor in sides[0][1:]]),
         chosen,
@@ -228,12 +235,21 @@ def _forward(
     teacher_share: float,
     scale: float,
     shared: int,
+    finishes: Sequence[float],
     need_states: bool,
     need_weight: bool,
     backend: str,
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Losses `[1 or 2]` and, without labels, the gradients of student states, weight and bias."""
-    how = Divergence(kind, temperature, teacher_share, scale, shared)
+    how = Divergence(
+        kind,
+        temperature,
+        teacher_share,
+        scale,
+        shared,
+        Finish(*finishes[:2]),
+        Finish(*finishes[2:]),
+    )
     needs = (need_states and labels is None, need_weight and labels is None)
     plan = _sweep(backend, student, teacher, mask, labels, inverse_counts, how, *needs)
 
@@ -279,12 +295,21 @@ def _backward(
     teacher_share: float,
     scale: float,
     shared: int,
+    finishes: Sequence[float],
     need_states: bool,
     need_weight: bool,
     backend: str,
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Gradients of `factors` times the two sums, from logits made once more."""
-    how = Divergence(kind, temperature, teacher_share, scale, shared)
+    how = Divergence(
+        kind,
+        temperature,
+        teacher_share,
+        scale,
+        shared,
+        Finish(*finishes[:2]),
+        Finish(*finishes[2:]),
+    )
     needs = (need_states, need_weight)
     plan = _sweep(backend, student, teacher, mask, labels, factors, how, *needs)
 

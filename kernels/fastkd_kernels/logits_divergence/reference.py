@@ -49,11 +49,15 @@ def logits_divergence(
 
 
 def logits_of(side: LogitsHead | Tensor) -> Tensor:
-    """`hidden @ weight^T + bias`, or the logits themselves."""
+    """`scale * (hidden @ weight^T + bias)`, soft-capped if need be, or the logits themselves."""
     if isinstance(side, Tensor):
         return side
     logits = side.hidden @ side.weight.mT
-    return logits if side.bias is None else logits + side.bias
+    if side.bias is not None:
+        logits = logits + side.bias
+    if side.scale != 1.0:
+        logits = side.scale * logits
+    return logits if side.softcap is None else side.softcap * torch.tanh(logits / side.softcap)
 
 
 def _mean(values: Tensor, valid: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ taken: chunks of the vocabulary, which know no softmax until they have seen all 
 every logit twice.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,11 +14,24 @@ import torch
 from torch import Tensor
 
 from ..common.divergences import Rows, row_divergence
+from ..common.soft_cap import cap_scores
 
 CHUNK_BYTES = 1 << 23
 
 # the logits of one chunk may also take this part of the gradient of the student's weight
 CHUNK_PART = 8
+
+
+class Finish(NamedTuple):
+    """What a model makes of its last layer's output z: `softcap * tanh(scale * z / softcap)`, or
+    `scale * z` where the cap is infinite."""
+
+    scale: float = 1.0
+    softcap: float = math.inf
+
+    @property
+    def capped(self) -> bool:
+        return self.softcap != math.inf
 
 
 class Divergence(NamedTuple):
@@ -32,6 +46,8 @@ class Divergence(NamedTuple):
     teacher_share: float
     scale: float
     shared: int
+    student: Finish = Finish()
+    teacher: Finish = Finish()
 
 
 class Gradients(NamedTuple):
@@ -100,12 +116,24 @@ def _cast(side: Sequence[Tensor], columns: int, dtype: torch.dtype) -> list[Tens
     return [side[0], *(tensor[:columns].to(dtype) for tensor in side[1:])]
 
 
-def _logits(side: list[Tensor], at: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """Logits `[rows, columns]` at `at`, in memory of their own."""
+def _logits(
+    side: list[Tensor],
+    at: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    finish: Finish,
+    *,
+    slope: bool,
+) -> tuple[Tensor, Tensor | float]:
+    """Logits `[rows, columns]` at `at`, in memory of their own, and with `slope` what they grow by
+    as the last layer's output does."""
     rows = side[0][at].to(dtype)
     if len(side) == 1:
-        return rows
-    return torch.addmm(side[2], rows, side[1].mT) if side[2:] else rows @ side[1].mT
+        return rows, 1.0
+    logits = torch.addmm(side[2], rows, side[1].mT) if side[2:] else rows @ side[1].mT
+    if finish.scale != 1.0:
+        logits *= finish.scale
+    slopes = cap_scores(logits, finish.softcap, need_slope=slope) if finish.capped else None
+    return logits, finish.scale if slopes is None else slopes.mul_(finish.scale)
 
 
 def _chunk(
@@ -116,26 +144,25 @@ def _chunk(
     factors: Tensor,
     how: Divergence,
 ) -> tuple[Tensor, Tensor]:
-    """Sums of one chunk, and the gradient of the student's logits."""
+    """Sums of one chunk, and the gradient of what the student's last layer gives."""
     dtype, factor = factors.dtype, factors[0] * (how.scale / how.temperature)
-    if labels is None:
-        values, gradient = _row_divergence(
-            _bounded(_logits(student, at, dtype).div_(how.temperature), how.temperature),
-            _bounded(_logits(teacher, at, dtype).div_(how.temperature), how.temperature),
-            how.kind,
-            how.teacher_share,
-        )
-        return (values.sum() * how.scale)[None], gradient.mul_(factor)
-    logits = _logits(student, at, dtype)
+    logits, slope = _logits(student, at, dtype, how.student, slope=True)
+    target, _ = _logits(teacher, at, dtype, how.teacher, slope=False)
+    warm = logits[:, : how.shared]
+    # labels are predicted from the logits as they are
+    warm = warm.div_(how.temperature) if labels is None else warm / how.temperature
     values, gradient = _row_divergence(
-        _bounded(logits[:, : how.shared] / how.temperature, how.temperature),
-        _bounded(_logits(teacher, at, dtype).div_(how.temperature), how.temperature),
+        _bounded(warm, how.temperature),
+        _bounded(target.div_(how.temperature), how.temperature),
         how.kind,
         how.teacher_share,
     )
-    hard, total = _cross_entropy(logits, labels[at], factors[1])
-    total[:, : how.shared] += gradient.mul_(factor)
-    return torch.stack([values.sum() * how.scale, hard]), total
+    sums, gradient = (values.sum() * how.scale)[None], gradient.mul_(factor)
+    if labels is not None:
+        hard, total = _cross_entropy(logits, labels[at], factors[1])
+        total[:, : how.shared] += gradient
+        sums, gradient = torch.cat([sums, hard[None]]), total
+    return sums, gradient if isinstance(slope, float) and slope == 1.0 else gradient.mul_(slope)
 
 
 def _bounded(scores: Tensor, temperature: float) -> Tensor:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..common.divergences_jit import divergence_slopes, divergence_terms
+from ..common.soft_cap_jit import cap_slope, soft_cap
 
 
 @triton.jit
@@ -110,9 +111,24 @@ def row_start(logits, row, first, tokens, batch_step, token_step, STORED: tl.con
 
 
 @triton.jit
+def read_logits(
+    start, o_column, m_column, other, finish, SUM_TYPE: tl.constexpr, FINISH: tl.constexpr
+):
+    """A block of a row of logits, finished; `other` is what masked ones are before that.
+
+    `finish` is the factor on what the last layer gave and the soft cap. FINISH says which of them a
+    model has: 0 neither, 1 the factor, 2 the cap and perhaps the factor.
+    """
+    b_logits = tl.load(start + o_column, mask=m_column, other=other).to(SUM_TYPE)
+    if FINISH > 0:
+        b_logits = b_logits * finish[0]
+    return soft_cap(b_logits, finish[1], FINISH > 1)
+
+
+@triton.jit
 def over_temperature(b_logits, scale, SUM_TYPE: tl.constexpr, COLD: tl.constexpr):
     """A block of logits times `scale`, which overflows no further than to SUM_TYPE's lowest."""
-    b_scores = b_logits.to(SUM_TYPE) * scale
+    b_scores = b_logits * scale
     if COLD:
         LOWEST: tl.constexpr = (
             -1.7976931348623157e308 if tl.float64 == SUM_TYPE else -3.4028234663852886e38
@@ -123,17 +139,27 @@ def over_temperature(b_logits, scale, SUM_TYPE: tl.constexpr, COLD: tl.constexpr
 
 @triton.jit
 def softmax_base(
-    start, columns, scale, SUM_TYPE: tl.constexpr, BLOCK: tl.constexpr, COLD: tl.constexpr
+    start,
+    columns,
+    scale,
+    finish,
+    SUM_TYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLD: tl.constexpr,
+    FINISH: tl.constexpr,
 ):
     """Maximum of a row of logits times `scale`, and the logarithm of the sum of exponentials."""
+    # what is masked stays so where nothing is made of it
+    OTHER: tl.constexpr = float("-inf") if FINISH == 0 else 0.0
     maximum = tl.full([], float("-inf"), SUM_TYPE)
     total = tl.full([], 0.0, SUM_TYPE)
     for begin in range(0, columns, BLOCK):
         o_column = begin + tl.arange(0, BLOCK)
-        b_logits = tl.load(start + o_column, mask=o_column < columns, other=float("-inf"))
+        m_column = o_column < columns
+        b_logits = read_logits(start, o_column, m_column, OTHER, finish, SUM_TYPE, FINISH)
         b_logits = over_temperature(b_logits, scale, SUM_TYPE, COLD)
-        if COLD:
-            b_logits = tl.where(o_column < columns, b_logits, float("-inf"))
+        if COLD or FINISH > 0:
+            b_logits = tl.where(m_column, b_logits, float("-inf"))
         higher = tl.maximum(maximum, tl.max(b_logits))
         total = total * tl.exp(maximum - higher) + tl.sum(tl.exp(b_logits - higher))
         maximum = higher
@@ -152,15 +178,23 @@ def block_terms(
     scale,
     shares,
     shared,
+    student_finish,
+    teacher_finish,
     SUM_TYPE: tl.constexpr,
     KIND: tl.constexpr,
     SMALL: tl.constexpr,
     EVEN: tl.constexpr,
     COLD: tl.constexpr,
+    STUDENT_FINISH: tl.constexpr,
+    TEACHER_FINISH: tl.constexpr,
 ):
     """`divergence_terms` of one block of a row; value and weighted are 0 where masked."""
-    b_student = tl.load(student_start + o_column, mask=m_column, other=0.0).to(SUM_TYPE)
-    b_teacher = tl.load(teacher_start + o_column, mask=m_column, other=0.0).to(SUM_TYPE)
+    b_student = read_logits(
+        student_start, o_column, m_column, 0.0, student_finish, SUM_TYPE, STUDENT_FINISH
+    )
+    b_teacher = read_logits(
+        teacher_start, o_column, m_column, 0.0, teacher_finish, SUM_TYPE, TEACHER_FINISH
+    )
     if KIND == "mse":
         difference = tl.where(m_column, b_student - b_teacher, 0.0)
         return difference * difference / shared, difference, 2.0 * difference / shared, difference
@@ -205,6 +239,8 @@ def _row_kernel(
     COLD: tl.constexpr,
     STUDENT_STORED: tl.constexpr,
     TEACHER_STORED: tl.constexpr,
+    STUDENT_FINISH: tl.constexpr,
+    TEACHER_FINISH: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     STORE: tl.constexpr,
@@ -212,10 +248,11 @@ def _row_kernel(
     """One program: one row of logits of both models.
 
     Writes `values` `[1 or 2, rows]` (divergence, cross-entropy) and, with STORE, the gradient of
-    the student's logits for upstream gradients `factors` `[1 or 2]`, which may take the place of
-    the logits and is 0 beyond them up to `gradient_columns`. `scalars` are 1 / temperature, the
-    shares of teacher and student in the mixture, and the scales of the divergence and of its
-    gradient. COLD is a temperature below 1.
+    what the student's last layer gave for upstream gradients `factors` `[1 or 2]`, which may take
+    the place of the logits and is 0 beyond them up to `gradient_columns`. `scalars` are
+    1 / temperature, the shares of teacher and student in the mixture, the scales of the divergence
+    and of its gradient, and the finishes (see `read_logits`) of student and teacher. COLD is a
+    temperature below 1.
     """
     row = first + tl.program_id(0)
     student_start = row_start(
@@ -230,11 +267,17 @@ def _row_kernel(
         counts = tl.load(valid + row) != 0
         compared, read = tl.where(counts, shared, 0), tl.where(counts, columns, 0)
     scale, shares = tl.load(scalars), (tl.load(scalars + 1), tl.load(scalars + 2))
+    student_finish = (tl.load(scalars + 5), tl.load(scalars + 6))
+    teacher_finish = (tl.load(scalars + 7), tl.load(scalars + 8))
     student_base = (scale, scale)
     teacher_base = (scale, scale)
     if KIND != "mse":
-        student_base = softmax_base(student_start, compared, scale, SUM_TYPE, BLOCK, COLD)
-        teacher_base = softmax_base(teacher_start, compared, scale, SUM_TYPE, BLOCK, COLD)
+        student_base = softmax_base(
+            student_start, compared, scale, student_finish, SUM_TYPE, BLOCK, COLD, STUDENT_FINISH
+        )
+        teacher_base = softmax_base(
+            teacher_start, compared, scale, teacher_finish, SUM_TYPE, BLOCK, COLD, TEACHER_FINISH
+        )
     CENTRED: tl.constexpr = KIND == "reverse_kl" or KIND == "js" or KIND == "skew_kl"
     value = tl.full([], 0.0, SUM_TYPE)
     mean = tl.full([], 0.0, SUM_TYPE)
@@ -251,11 +294,15 @@ def _row_kernel(
                 scale,
                 shares,
                 shared,
+                student_finish,
+                teacher_finish,
                 SUM_TYPE,
                 KIND,
                 SMALL,
                 EVEN,
                 COLD,
+                STUDENT_FINISH,
+                TEACHER_FINISH,
             )
             value += tl.sum(b_value)
             mean += tl.sum(b_weighted)
@@ -263,8 +310,13 @@ def _row_kernel(
         label = tl.load(labels + row)
         counted = (label != -100) & (read > 0)
         inside = (label >= 0) & (label < read)
-        hard_maximum, hard_log = softmax_base(student_start, read, 1.0, SUM_TYPE, BLOCK, False)
-        picked = tl.load(student_start + label, mask=inside, other=float("nan")).to(SUM_TYPE)
+        hard_maximum, hard_log = softmax_base(
+            student_start, read, 1.0, student_finish, SUM_TYPE, BLOCK, False, STUDENT_FINISH
+        )
+        picked = read_logits(
+            student_start, label, inside, 0.0, student_finish, SUM_TYPE, STUDENT_FINISH
+        )
+        picked = tl.where(inside, picked, float("nan"))
         hard = tl.where(counted, hard_maximum - picked + hard_log, 0.0)
         tl.store(values + rows + row, hard)
         if STORE:
@@ -287,11 +339,15 @@ def _row_kernel(
                 scale,
                 shares,
                 shared,
+                student_finish,
+                teacher_finish,
                 SUM_TYPE,
                 KIND,
                 SMALL,
                 EVEN,
                 COLD,
+                STUDENT_FINISH,
+                TEACHER_FINISH,
             )
             if not CENTRED:
                 value += tl.sum(b_value)
@@ -300,9 +356,18 @@ def _row_kernel(
             b_gradient = tl.where(m_column, b_point * factor, 0.0)
             if HAS_LABELS:
                 m_read = o_column < read
-                b_student = tl.load(student_start + o_column, mask=m_read, other=0.0).to(SUM_TYPE)
+                b_student = read_logits(
+                    student_start, o_column, m_read, 0.0, student_finish, SUM_TYPE, STUDENT_FINISH
+                )
                 b_hard = tl.exp(b_student - hard_maximum - hard_log)
                 b_hard = tl.where(o_column == label, b_hard - 1.0, b_hard)
                 b_gradient += tl.where(m_read & counted, b_hard * hard_factor, 0.0)
+            if STUDENT_FINISH > 1:
+                b_given = read_logits(
+                    student_start, o_column, o_column < read, 0.0, student_finish, SUM_TYPE, 1
+                )
+                b_gradient *= cap_slope(b_given, student_finish[1])
+            if STUDENT_FINISH > 0:
+                b_gradient *= student_finish[0]
             tl.store(out + o_column, b_gradient, mask=o_column < gradient_columns)
     tl.store(values + row, value * tl.load(scalars + 3))

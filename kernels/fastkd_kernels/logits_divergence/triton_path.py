@@ -28,7 +28,7 @@ from ..common.quick_launch import Quick
 from ..common.remembered import remembered
 from ..common.tensor_table import to_device, unit_stride
 from ..common.tl_types import TYPES
-from .torch_path import Divergence, Gradients, read_columns
+from .torch_path import Divergence, Finish, Gradients, read_columns
 from .triton_kernels import _matmul_kernel, _row_kernel
 
 WORKSPACE_BYTES = 32 << 20
@@ -328,6 +328,7 @@ def sweep(
     rows = states.shape[0] * states.shape[1]
     shares = (how.teacher_share, 1.0 - how.teacher_share)
     numbers = [1 / how.temperature, *shares, how.scale, how.scale / how.temperature]
+    numbers += [*how.student, *how.teacher]
     call = _Call(
         sides,
         (sides[0].read(student), sides[1].read(teacher)),
@@ -407,6 +408,11 @@ def _steps(call: _Call, first: int, last: int) -> list[Step]:
     return made
 
 
+def _finish(finish: Finish) -> int:
+    """The `FINISH` of a side, see `triton_kernels.read_logits`."""
+    return 2 if finish.capped else int(finish.scale != 1.0)
+
+
 def _row_step(call: _Call, first: int, last: int) -> Step:
     sides, how = call.sides, call.how
     stored, columns = sides[0].stored, sides[0].columns
@@ -435,6 +441,8 @@ def _row_step(call: _Call, first: int, last: int) -> Step:
         COLD=how.temperature < 1.0,
         STUDENT_STORED=stored,
         TEACHER_STORED=sides[1].stored,
+        STUDENT_FINISH=_finish(how.student),
+        TEACHER_FINISH=_finish(how.teacher),
         HAS_MASK=call.masked,
         HAS_LABELS=call.labelled,
         STORE=call.need_states or call.wants_weight,

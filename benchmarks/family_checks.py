@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModel, Cache, PreTrainedModel
 
 from fastkd.capture import AttentionTraits, Capture, capture, capture_keywords, find_blocks
-from fastkd.capture.facts import trial_inputs as inputs_of
+from fastkd.capture.trial_inputs import trial_inputs as inputs_of
 
 __all__ = [
     "blocks_in_a_row",

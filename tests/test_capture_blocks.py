@@ -14,7 +14,7 @@ from transformers import AlbertConfig, AlbertModel, OPTConfig, OPTModel, PreTrai
 from benchmarks.family_models import family_model
 from fastkd import Distiller
 from fastkd.capture import at_depth, capture, capture_keywords, find_blocks, try_model
-from fastkd.capture.facts import trial_inputs
+from fastkd.capture.trial_inputs import trial_inputs
 from fastkd.errors import UserError
 
 BATCH = tiny_batch()

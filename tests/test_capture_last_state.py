@@ -20,8 +20,9 @@ from transformers.utils import ModelOutput
 from benchmarks.family_models import family_model
 from fastkd import Distiller
 from fastkd.capture import capture, capture_keywords, try_model
-from fastkd.capture.facts import hands_on_last_block, trial_inputs
+from fastkd.capture.facts import hands_on_last_block
 from fastkd.capture.lm_head import last_hidden_state
+from fastkd.capture.trial_inputs import trial_inputs
 from fastkd.errors import UserError
 
 BATCH = tiny_batch()

@@ -11,7 +11,8 @@ let a model read sequences that follow each other in one row. `trial.py` runs a 
 run and sees that all of it can be captured, `packed_trial.py` that it reads such rows, both in eval
 mode (`modes.py`); `attention_traits.py` says what its queries see, `cheap_products.py` how that is
 seen of long sequences in little time.
-`facts.py` answers what others ask of a model: its positions, its vocabulary, whether it sees ahead.
+`facts.py` answers what others ask of a model: its positions, whether it sees ahead.
+`trial_inputs.py` is what a model is run on to find any of this out.
 
 It knows no loss and no recipe.
 """
@@ -23,7 +24,6 @@ from fastkd.capture.facts import (
     hands_on_last_block,
     sees_ahead,
     usable_positions,
-    vocabulary_size,
 )
 from fastkd.capture.modes import evaluating
 from fastkd.capture.modules import find_module
@@ -34,6 +34,7 @@ from fastkd.capture.recording import capture
 from fastkd.capture.routing import is_routed, route_attention, set_attention
 from fastkd.capture.states import Capture, PaddedStates
 from fastkd.capture.trial import try_model
+from fastkd.capture.trial_inputs import vocabulary_size
 
 __all__ = [
     "AttentionShape",

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastkd.capture.blocks import capture_keywords, find_blocks
-from fastkd.capture.facts import trial_inputs
 from fastkd.capture.modes import evaluating
 from fastkd.capture.packed_attention import pack_attention
 from fastkd.capture.packed_pass import note_first_position, reading_row, reads_rows
 from fastkd.capture.recording import capture
 from fastkd.capture.routing import runnable
+from fastkd.capture.trial_inputs import trial_inputs
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.packed_row import PackedRow
 from fastkd.types import LENGTHS, STARTS, Inputs, model_inputs

@@ -29,12 +29,13 @@ from fastkd.capture.attention_traits import (
 )
 from fastkd.capture.blocks import capture_keywords, check_single_stack, find_blocks
 from fastkd.capture.cheap_products import CheapProducts
-from fastkd.capture.facts import padded, trial_inputs, usable_positions
+from fastkd.capture.facts import usable_positions
 from fastkd.capture.lm_head import check_head, last_layer
 from fastkd.capture.modes import evaluating
 from fastkd.capture.recording import CalledAgain, capture
 from fastkd.capture.routing import listening, route_attention, routed, runnable
 from fastkd.capture.states import Capture
+from fastkd.capture.trial_inputs import padded, trial_inputs
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 
 # tokens that are read with all of a model's arithmetic; what depends on length is seen without

@@ -21,9 +21,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastkd.capture import capture_keywords, find_blocks, route_attention
 from fastkd.capture.blocks import blocks_path
-from fastkd.capture.facts import trial_inputs
 from fastkd.capture.lm_head import overheard
 from fastkd.capture.routing import listening, runnable
+from fastkd.capture.trial_inputs import trial_inputs
 from fastkd.errors import UserError
 
 HIDDEN = -1

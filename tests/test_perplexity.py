@@ -13,6 +13,7 @@ from tiny_tasks import masked_model
 
 from fastkd import distill
 from fastkd.capture import token_loss
+from fastkd.capture.finish import Finish
 from fastkd.capture.token_loss import label_losses
 from fastkd.distributed import start_ranks, stop_ranks
 from fastkd.training.evaluate import evaluate
@@ -23,10 +24,11 @@ from fastkd.types import IGNORE_INDEX
 TRAIN = {"steps": 2, "warmup_steps": 0, "batch_size": 6, "micro_batch_size": 3}
 
 
+@pytest.mark.parametrize("finish", [Finish(), Finish(0.5, 3.0)], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("logits", [1, 40, 1 << 24])
 def test_label_losses_are_cross_entropies(
-    logits: int, biased: bool, monkeypatch: pytest.MonkeyPatch
+    logits: int, biased: bool, finish: Finish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # parts of one word, of eight, of all
     monkeypatch.setattr(token_loss, "_LOGITS", logits)
@@ -34,15 +36,15 @@ def test_label_losses_are_cross_entropies(
     hidden, weight = torch.randn(5, 6).double(), torch.randn(23, 6).double() * 3
     bias = torch.randn(23).double() if biased else None
     labels = torch.tensor([0, 7, 8, 22, 13])
-    made = torch.nn.functional.linear(hidden, weight, bias)
+    made = finish.of(torch.nn.functional.linear(hidden, weight, bias))
     expected = torch.nn.functional.cross_entropy(made, labels, reduction="none")
-    assert torch.allclose(label_losses(hidden, weight, bias, labels), expected, rtol=1e-12)
+    assert torch.allclose(label_losses(hidden, weight, bias, labels, finish), expected, rtol=1e-12)
     # bf16 is read, not computed in
     half = hidden.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16()
     wide = [None if part is None else part.double() for part in half]
-    made = torch.nn.functional.linear(*wide)
+    made = finish.of(torch.nn.functional.linear(*wide))
     expected = torch.nn.functional.cross_entropy(made, labels, reduction="none")
-    assert torch.allclose(label_losses(*half, labels).double(), expected, rtol=1e-5)
+    assert torch.allclose(label_losses(*half, labels, finish).double(), expected, rtol=1e-5)
 
 
 def heldout_perplexities(run: Run) -> list[float]:

@@ -20,8 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastkd.capture.alone import alone
+from fastkd.capture.blocks import capture_keywords
+from fastkd.capture.finish import Finish, find_finish, known_finish
 from fastkd.capture.last_state import hearing_last_state
+from fastkd.capture.modes import evaluating
+from fastkd.capture.routing import runnable
 from fastkd.capture.states import Capture, Slot
+from fastkd.capture.trial_inputs import padded, trial_inputs
 from fastkd.errors import UserError
 from fastkd.types import Reading
 
@@ -53,10 +58,12 @@ def recorded_head(model: PreTrainedModel, slot: Slot, *, record: bool) -> Iterat
             handle.remove()
         return
 
+    # runs the model where nobody has, with the layer as it is
+    finish = finish_of(model) if record else None
     skip = _SKIPPED.get(layer)
     if skip is None:
         skip = _SKIPPED[layer] = _Skip(layer)
-    listener = slot, record
+    listener = slot, finish
     handle = model.register_forward_pre_hook(skip.look, with_kwargs=True)
     skip.listeners.append(listener)
     try:
@@ -74,8 +81,9 @@ class _Skip:
     """What stands in the place of a last layer's forward while anyone listens."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        self.listeners: list[tuple[Slot, bool]] = []
-        """Where each writes to, and whether it is given what the logits are made of."""
+        self.listeners: list[tuple[Slot, Finish | None]] = []
+        """Where each writes to, and what its model makes of the layer's output; `None` of one that
+        is not given what the logits are made of."""
         self._labelled = False
         # an engine may have put a forward of its own on the layer
         self._held = {k: v for k, v in layer.__dict__.items() if k == "forward"}
@@ -103,14 +111,14 @@ class _Skip:
         self, layer: nn.Linear, forward: Callable[[Tensor], Tensor], hidden: Tensor
     ) -> Tensor:
         listening = False
-        for slot, record in self.listeners:
+        for slot, finish in self.listeners:
             states = slot.heard
             if states is None:
                 continue
             listening = True
-            if record:
+            if finish is not None:
                 bias = None if layer.bias is None else _whole(layer.bias)
-                states.logits = LogitsHead(hidden, _whole(layer.weight), bias)
+                states.logits = LogitsHead(hidden, _whole(layer.weight), bias, *finish)
         return forward(hidden) if self._labelled or not listening else hidden[..., :0]
 
 
@@ -132,44 +140,60 @@ def head_traits(model: PreTrainedModel) -> tuple[object, ...]:
     return type(layer), type(layer.weight), *names
 
 
-def check_head(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
-    """Run a language model on some inputs and see that its logits are its last layer's output.
+def finish_of(model: PreTrainedModel) -> Finish:
+    """What a language model makes of its last layer's output; it is run if nobody has yet.
 
     Raises:
-        UserError: they are changed afterwards, or made with more than weight and bias, so that they
-            can't be computed in parts.
+        UserError: its logits can't be computed in parts, see `check_head`.
+    """
+    found = known_finish(model)
+    # of a model without numbers there is nothing to ask
+    if found is None and model.device.type != "meta":
+        with alone(model), evaluating(model), runnable(model), padded(model):
+            check_head(model, {**trial_inputs(model, 2), **capture_keywords(model)})
+        found = known_finish(model)
+    return found or Finish()
+
+
+def check_head(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Run a language model on some inputs and see that its logits are its last layer's output, but
+    for a factor or a soft cap.
+
+    Raises:
+        UserError: they are changed more afterwards, or made with more than weight and bias, so that
+            they can't be computed in parts.
     """
     _check_parameters(model)
+    layer = last_layer(model)
+    assert layer is not None, "it is a language model"
     states = Capture()
     with torch.no_grad(), alone(model):
         given = model(**inputs).logits
+        finish = find_finish(model, layer, inputs)
         with recorded_head(model, Slot(states), record=True):
             model(**inputs)
     head = states.logits
-    if not isinstance(head, LogitsHead):
-        raise UserError(
-            f"{type(model).__name__} does not run its last layer as a layer, so fastkd can't "
-            "compute its logits in parts; leave losses.logits and student.head out"
-        )
+    assert isinstance(head, LogitsHead), "the model ran its last layer for `find_finish`"
     if type(head.weight) not in (Tensor, nn.Parameter):
         raise UserError(
             f"{type(model).__name__}: the weight of its last layer is a "
             f"{type(head.weight).__name__}, of which fastkd can't compute logits in parts; leave "
             "that layer as it is when quantising, or losses.logits and student.head out"
         )
-    made = nn.functional.linear(head.hidden, head.weight, head.bias)
+    made = finish.of(nn.functional.linear(head.hidden, head.weight, head.bias))
     if made.shape != given.shape or not _same_logits(made, given):
         raise UserError(
-            f"{type(model).__name__} changes its logits after the last layer (a soft cap, or a "
-            "scale), which fastkd can't compute in parts; leave losses.logits and student.head out"
+            f"{type(model).__name__}: its logits are not its last layer's weight and bias times "
+            "the state before it, so fastkd can't compute them in parts; leave losses.logits and "
+            "student.head out"
         )
 
 
 def _same_logits(made: Tensor, given: Tensor) -> bool:
     """Whether a model's logits are what its last layer made, also where it handed them on in
-    another dtype, as Nemotron-H does."""
+    another dtype, as Nemotron-H does, or capped them in half precision."""
     # the layer made both in one dtype: it is the model's own that may have fewer digits
-    rounded = torch.finfo(given.dtype).eps if given.dtype != made.dtype else 0.0
+    rounded = 4 * torch.finfo(given.dtype).eps if given.dtype != made.dtype else 0.0
     wide = torch.promote_types(made.dtype, given.dtype)
     return torch.allclose(made.to(wide), given.to(wide), atol=1e-3, rtol=max(1e-3, rounded))
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkd.capture.lm_head import last_layer
+from fastkd.capture.finish import Finish
+from fastkd.capture.lm_head import finish_of, last_layer
 from fastkd.types import IGNORE_INDEX
 
 # logits that are stored at once
@@ -27,7 +28,8 @@ class TokenLoss:
     Set `labels` before each pass: [batch, tokens] int64, `IGNORE_INDEX` where nothing counts.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, finish: Finish) -> None:
+        self._finish = finish
         self.labels: Tensor | None = None
         self.sum = torch.zeros((), dtype=torch.float64, device=device)
         self.count = torch.zeros((), dtype=torch.float64, device=device)
@@ -38,14 +40,15 @@ class TokenLoss:
             return
         counted = self.labels != IGNORE_INDEX
         hidden, labels = arguments[0][counted], self.labels[counted]
-        self.sum += label_losses(hidden, layer.weight, layer.bias, labels).double().sum()
+        found = label_losses(hidden, layer.weight, layer.bias, labels, self._finish)
+        self.sum += found.double().sum()
         self.count += counted.sum()
 
 
 @contextmanager
 def heard_token_loss(model: PreTrainedModel, device: torch.device) -> Iterator[TokenLoss]:
     """Listen to a language model while the context is open."""
-    layer, heard = last_layer(model), TokenLoss(device)
+    layer, heard = last_layer(model), TokenLoss(device, finish_of(model))
     assert layer is not None, "the model has a language model's head"
     handle = layer.register_forward_pre_hook(heard.hear)
     try:
@@ -54,7 +57,9 @@ def heard_token_loss(model: PreTrainedModel, device: torch.device) -> Iterator[T
         handle.remove()
 
 
-def label_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def label_losses(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, finish: Finish
+) -> Tensor:
     """Negative log-probability of each label, fp32 or better.
 
     Args:
@@ -62,6 +67,7 @@ def label_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
         weight: [vocabulary, width].
         bias: [vocabulary].
         labels: [tokens] int64, each a row of `weight`.
+        finish: what the model makes of its last layer's output.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     hidden = hidden.to(wide)
@@ -72,7 +78,7 @@ def label_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
         for start in range(0, len(weight), size):
             rows = slice(start, start + size)
             part = None if bias is None else bias[rows].to(wide)
-            logits = nn.functional.linear(hidden, weight[rows].to(wide), part)
+            logits = finish.of(nn.functional.linear(hidden, weight[rows].to(wide), part))
             normaliser = torch.logaddexp(normaliser, logits.logsumexp(dim=-1))
             place = labels - start
             inside = (place >= 0) & (place < logits.shape[-1])

@@ -203,6 +203,8 @@ def test_every_launch_has_loops_that_its_module_knows() -> None:
         for work in module.WORKLOADS:
             for dtype in (torch.bfloat16, torch.float32) if work.name in module.QUICK else ():
                 for job in recorded_calls(op, work, dtype, ("cuda", 90)).jobs:
+                    # a Triton with another default would make other code
+                    assert job.options["enable_fp_fusion"], job.name
                     assert job.runs, job.name
                     for run in job.runs:
                         assert run.programs > 0, job.name

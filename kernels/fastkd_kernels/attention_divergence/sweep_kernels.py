@@ -130,32 +130,23 @@ def _rows_dq_kernel(
     )
     state = begun
     masks = (valid, item, batch, tokens, window)
+    fixed = (rows, keys, masks, whole_first, o_query, (dim, teacher_dim), units)
+    HOW: tl.constexpr = (
+        GRAD_TYPE,
+        KIND,
+        BLOCK_KEY,
+        BLOCK_DIM,
+        BLOCK_TEACHER_DIM,
+        SCORE_PRECISION,
+        GRAD_PRECISION,
+        ALIGN,
+        TEACHER_ALIGN,
+        HAS_MASK,
+        CAUSAL,
+        WINDOWED,
+    )
     for start in range(whole_first, whole_end, BLOCK_KEY):
-        state = query_step(
-            state,
-            rows,
-            keys,
-            masks,
-            start,
-            whole_first,
-            o_query,
-            (dim, teacher_dim),
-            units,
-            GRAD_TYPE,
-            KIND,
-            BLOCK_KEY,
-            BLOCK_DIM,
-            BLOCK_TEACHER_DIM,
-            SCORE_PRECISION,
-            GRAD_PRECISION,
-            ALIGN,
-            TEACHER_ALIGN,
-            HAS_MASK,
-            CAUSAL,
-            WINDOWED,
-            WHOLE=True,
-            KNOWN=False,
-        )
+        state = query_step(state, fixed, start, HOW, WHOLE=True, KNOWN=False)
     sums = state[2]
     # squares are summed too
     room: tl.constexpr = LARGEST_SUM**0.5 if KIND == "mse" else LARGEST_SUM
@@ -165,31 +156,8 @@ def _rows_dq_kernel(
         swept_before = swept
         state = begun
     for step in tl.range(0, swept, num_stages=1):
-        state = query_step(
-            state,
-            rows,
-            keys,
-            masks,
-            other_start(step, swept_before, first, whole_end, BLOCK_KEY),
-            whole_first,
-            o_query,
-            (dim, teacher_dim),
-            units,
-            GRAD_TYPE,
-            KIND,
-            BLOCK_KEY,
-            BLOCK_DIM,
-            BLOCK_TEACHER_DIM,
-            SCORE_PRECISION,
-            GRAD_PRECISION,
-            ALIGN,
-            TEACHER_ALIGN,
-            HAS_MASK,
-            CAUSAL,
-            WINDOWED,
-            WHOLE=False,
-            KNOWN=False,
-        )
+        other = other_start(step, swept_before, first, whole_end, BLOCK_KEY)
+        state = query_step(state, fixed, other, HOW, WHOLE=False, KNOWN=False)
     max_student, max_teacher, sums, constants, gradients = state
     power: tl.constexpr = 0.5 if KIND == "cosine" else 1.0
     log_student = shift_of(max_student) + power * log_sum(sums[0], True)
@@ -197,57 +165,10 @@ def _rows_dq_kernel(
     if KIND == "js":
         state = (log_student, log_teacher, sums, constants, gradients)
         for start in range(whole_first, whole_end, BLOCK_KEY):
-            state = query_step(
-                state,
-                rows,
-                keys,
-                masks,
-                start,
-                whole_first,
-                o_query,
-                (dim, teacher_dim),
-                units,
-                GRAD_TYPE,
-                KIND,
-                BLOCK_KEY,
-                BLOCK_DIM,
-                BLOCK_TEACHER_DIM,
-                SCORE_PRECISION,
-                GRAD_PRECISION,
-                ALIGN,
-                TEACHER_ALIGN,
-                HAS_MASK,
-                CAUSAL,
-                WINDOWED,
-                WHOLE=True,
-                KNOWN=True,
-            )
+            state = query_step(state, fixed, start, HOW, WHOLE=True, KNOWN=True)
         for step in tl.range(0, others, num_stages=1):
-            state = query_step(
-                state,
-                rows,
-                keys,
-                masks,
-                other_start(step, before, first, whole_end, BLOCK_KEY),
-                whole_first,
-                o_query,
-                (dim, teacher_dim),
-                units,
-                GRAD_TYPE,
-                KIND,
-                BLOCK_KEY,
-                BLOCK_DIM,
-                BLOCK_TEACHER_DIM,
-                SCORE_PRECISION,
-                GRAD_PRECISION,
-                ALIGN,
-                TEACHER_ALIGN,
-                HAS_MASK,
-                CAUSAL,
-                WINDOWED,
-                WHOLE=False,
-                KNOWN=True,
-            )
+            other = other_start(step, before, first, whole_end, BLOCK_KEY)
+            state = query_step(state, fixed, other, HOW, WHOLE=False, KNOWN=True)
         _, _, sums, constants, gradients = state
     constant = row_constant(sums, constants, KIND)
     scale = sizes[0][1] * tl.load(weights + item) * slope_divisor(sums, KIND)
@@ -345,6 +266,21 @@ def _dk_value_kernel(
         first, end, whole_first, whole_end, BLOCK_QUERY
     )
     masks = (valid, item, batch, tokens, window)
+    HOW: tl.constexpr = (
+        GRAD_TYPE,
+        KIND,
+        BLOCK_QUERY,
+        BLOCK_DIM,
+        BLOCK_TEACHER_DIM,
+        SCORE_PRECISION,
+        GRAD_PRECISION,
+        ALIGN,
+        TEACHER_ALIGN,
+        HAS_MASK,
+        CAUSAL,
+        WINDOWED,
+        STATS,
+    )
     b_gradient = tl.zeros([BLOCK_KEY, BLOCK_DIM], tl.float32)
     value = tl.zeros([BLOCK_KEY], tl.float32)
     for turn in range(0, repeat):
@@ -363,60 +299,16 @@ def _dk_value_kernel(
         log_base = stat_base(stats, pair, item, head, batch, heads, tokens, STATS)
         step = stat_step(batch, heads, tokens)
         logs = (log_base, log_base + step, log_base + 2 * step)
+        fixed = ((b_key, b_teacher_key), masks, (o_key, m_key), (dim, teacher_dim), units)
         for start in range(whole_first, whole_end, BLOCK_QUERY):
             b_gradient, value = key_step(
-                b_gradient,
-                value,
-                (b_key, b_teacher_key),
-                queries,
-                logs,
-                masks,
-                start,
-                (o_key, m_key),
-                (dim, teacher_dim),
-                units,
-                GRAD_TYPE,
-                KIND,
-                STATS,
-                BLOCK_QUERY,
-                BLOCK_DIM,
-                BLOCK_TEACHER_DIM,
-                SCORE_PRECISION,
-                GRAD_PRECISION,
-                ALIGN,
-                TEACHER_ALIGN,
-                HAS_MASK,
-                CAUSAL,
-                WINDOWED,
-                WHOLE=True,
+                b_gradient, value, fixed, queries, logs, start, HOW, WHOLE=True
             )
         if HAS_MASK or UNEVEN or CAUSAL or WINDOWED:
-            for other in tl.range(0, others, num_stages=1):
+            for number in tl.range(0, others, num_stages=1):
+                other = other_start(number, before, first, whole_end, BLOCK_QUERY)
                 b_gradient, value = key_step(
-                    b_gradient,
-                    value,
-                    (b_key, b_teacher_key),
-                    queries,
-                    logs,
-                    masks,
-                    other_start(other, before, first, whole_end, BLOCK_QUERY),
-                    (o_key, m_key),
-                    (dim, teacher_dim),
-                    units,
-                    GRAD_TYPE,
-                    KIND,
-                    STATS,
-                    BLOCK_QUERY,
-                    BLOCK_DIM,
-                    BLOCK_TEACHER_DIM,
-                    SCORE_PRECISION,
-                    GRAD_PRECISION,
-                    ALIGN,
-                    TEACHER_ALIGN,
-                    HAS_MASK,
-                    CAUSAL,
-                    WINDOWED,
-                    WHOLE=False,
+                    b_gradient, value, fixed, queries, logs, other, HOW, WHOLE=False
                 )
     # scores of hidden keys were 0, and what came of them stayed in their rows
     b_gradient = tl.where(m_key[:, None], b_gradient, 0.0)

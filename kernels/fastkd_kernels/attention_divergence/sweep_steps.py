@@ -69,36 +69,26 @@ def other_start(step, before, first, whole_end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def query_step(
-    state,
-    rows,
-    keys,
-    masks,
-    start,
-    first,
-    o_query,
-    dims,
-    units,
-    GRAD_TYPE: tl.constexpr,
-    KIND: tl.constexpr,
-    BLOCK_KEY: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_TEACHER_DIM: tl.constexpr,
-    SCORE_PRECISION: tl.constexpr,
-    GRAD_PRECISION: tl.constexpr,
-    ALIGN: tl.constexpr,
-    TEACHER_ALIGN: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    KNOWN: tl.constexpr,
-):
+def query_step(state, fixed, start, HOW: tl.constexpr, WHOLE: tl.constexpr, KNOWN: tl.constexpr):
     """`state` of `_rows_dq_kernel` with one more block of keys, at `start`.
 
     With WHOLE all are seen, and the maximum of the block at `first` stands for those of all. With
-    KNOWN both log-sum-exps stand in the place of maxima, for "js".
+    KNOWN both log-sum-exps stand in the place of maxima, for "js". `fixed` and HOW are what all
+    steps of a program share.
     """
+    rows, keys, masks, first, o_query, dims, units = fixed
+    GRAD_TYPE: tl.constexpr = HOW[0]
+    KIND: tl.constexpr = HOW[1]
+    BLOCK_KEY: tl.constexpr = HOW[2]
+    BLOCK_DIM: tl.constexpr = HOW[3]
+    BLOCK_TEACHER_DIM: tl.constexpr = HOW[4]
+    SCORE_PRECISION: tl.constexpr = HOW[5]
+    GRAD_PRECISION: tl.constexpr = HOW[6]
+    ALIGN: tl.constexpr = HOW[7]
+    TEACHER_ALIGN: tl.constexpr = HOW[8]
+    HAS_MASK: tl.constexpr = HOW[9]
+    CAUSAL: tl.constexpr = HOW[10]
+    WINDOWED: tl.constexpr = HOW[11]
     max_student, max_teacher, sums, before, gradients = state
     b_slopes, b_second, b_third = gradients
     valid, item, batch, tokens, window = masks
@@ -170,32 +160,23 @@ def query_step(
 
 @triton.jit
 def key_step(
-    b_gradient,
-    value,
-    key_rows,
-    queries,
-    logs,
-    masks,
-    start,
-    at,
-    dims,
-    units,
-    GRAD_TYPE: tl.constexpr,
-    KIND: tl.constexpr,
-    STATS: tl.constexpr,
-    BLOCK_QUERY: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_TEACHER_DIM: tl.constexpr,
-    SCORE_PRECISION: tl.constexpr,
-    GRAD_PRECISION: tl.constexpr,
-    ALIGN: tl.constexpr,
-    TEACHER_ALIGN: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    WHOLE: tl.constexpr,
+    b_gradient, value, fixed, queries, logs, start, HOW: tl.constexpr, WHOLE: tl.constexpr
 ):
     """Sums of `_dk_value_kernel` with one more block of query rows; all see all with WHOLE."""
+    key_rows, masks, at, dims, units = fixed
+    GRAD_TYPE: tl.constexpr = HOW[0]
+    KIND: tl.constexpr = HOW[1]
+    BLOCK_QUERY: tl.constexpr = HOW[2]
+    BLOCK_DIM: tl.constexpr = HOW[3]
+    BLOCK_TEACHER_DIM: tl.constexpr = HOW[4]
+    SCORE_PRECISION: tl.constexpr = HOW[5]
+    GRAD_PRECISION: tl.constexpr = HOW[6]
+    ALIGN: tl.constexpr = HOW[7]
+    TEACHER_ALIGN: tl.constexpr = HOW[8]
+    HAS_MASK: tl.constexpr = HOW[9]
+    CAUSAL: tl.constexpr = HOW[10]
+    WINDOWED: tl.constexpr = HOW[11]
+    STATS: tl.constexpr = HOW[12]
     valid, item, batch, tokens, window = masks
     o_query = tl.arange(0, BLOCK_QUERY)
     m_query = rows_there(valid, 0, item, batch, tokens, start + o_query, HAS_MASK, WHOLE)

@@ -22,6 +22,10 @@ SHARED_MEMORY = {
 }
 
 
+# products and sums become one instruction, by whatever default a release of Triton has
+FUSION = {"enable_fp_fusion": True}
+
+
 class Launch(NamedTuple):
     """Block sizes and dot precisions (`tl.constexpr` by name), warps and pipeline stages."""
 
@@ -36,7 +40,7 @@ class Launch(NamedTuple):
     @property
     def options(self) -> dict[str, int]:
         """What Triton's launcher takes besides arguments."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **FUSION}
 
 
 def triton_interprets() -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .autograd import Named, planned, register
+from .launch import FUSION
 
 _BLOCK = 4096
 
@@ -71,6 +72,7 @@ def _rescaled(
         second_size=sizes[1],
         BLOCK=_BLOCK,
         num_warps=8,
+        **FUSION,
     )
 
     def run(

@@ -24,8 +24,7 @@ the keys again, once it has both log-sum-exps. Slopes lack what their row is div
 import triton
 import triton.language as tl
 
-from ..common.attention_jit import LN2
-from ..common.divergences_jit import log_sum
+from ..common.divergences_jit import LN2, log_sum
 
 
 @triton.jit

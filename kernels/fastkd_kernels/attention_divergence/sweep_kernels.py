@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from ..common.attention_jit import (
-    LOG2E,
     head_base,
     keys_seen,
     load_rows,
@@ -29,7 +28,7 @@ from ..common.attention_jit import (
     store_head,
     valid_rows,
 )
-from ..common.divergences_jit import log_sum, shift_of
+from ..common.divergences_jit import LOG2E, log_sum, shift_of
 from .sweep_jit import row_constant, slope_divisor
 from .sweep_steps import key_step, load_span, other_start, query_step, split_blocks
 

@@ -13,9 +13,12 @@ MASKED says that a tile can have entries that no row sees. Nothing here reads or
 import triton
 import triton.language as tl
 
-from ..common.attention_jit import LN2, LOG2E, sizes_of
+from ..common.attention_jit import sizes_of
 from ..common.divergences_jit import (
+    LN2,
+    LOG2E,
     divergence_slopes,
+    even_js_terms,
     hidden_score,
     log_sum,
     power_of,
@@ -88,45 +91,10 @@ def kl_terms(p, t, difference, ratio):
 
 
 @triton.jit
-def log_of_half(w):
-    """`-log2(1 - w / 2)` for 0 <= w <= 1, to 3e-7 of it: a minimax fit of its quotient by `w`."""
-    term = tl.fma(w, 6.677708122879267e-3, -1.2190078385174274e-2)
-    term = tl.fma(w, term, 1.7705244943499565e-2)
-    term = tl.fma(w, term, 1.714034122414887e-3)
-    term = tl.fma(w, term, 2.4548400193452835e-2)
-    term = tl.fma(w, term, 5.984707176685333e-2)
-    term = tl.fma(w, term, 0.18035006523132324)
-    return w * tl.fma(w, term, 0.7213473916053772)
-
-
-@triton.jit
-def js_terms(log_p, log_t):
-    """`divergence_terms` of "js" from logs in bits, without a division or the library's logarithm.
-
-    With `r = log(p / t)` of nats, a value is `(p - t) r / 8` times an even series in `r` near 0.
-    """
-    ratio = log_p - log_t
-    smaller = tl.exp2(-tl.abs(ratio))
-    at_most = tl.exp2(tl.maximum(log_p, log_t))
-    at_least = at_most * smaller
-    p = tl.where(ratio > 0.0, at_most, at_least)
-    t = tl.where(ratio > 0.0, at_least, at_most)
-    # log of the larger probability over the mixture
-    larger = log_of_half(1.0 - smaller)
-    over_student = larger + tl.minimum(ratio, 0.0)
-    weighted = p * over_student
-    far = (weighted + t * (larger - tl.maximum(ratio, 0.0))) * (LN2 / 2)
-    square = ratio * ratio
-    series = tl.fma(square, tl.fma(square, LN2**5 / 3840, -(LN2**3) / 192), LN2 / 8)
-    value = tl.where(tl.abs(ratio) < 2 * NEAR, (p - t) * ratio * series, far)
-    return value, weighted * LN2, over_student * LN2, p
-
-
-@triton.jit
 def outcome_terms(log_p, log_t, KIND: tl.constexpr, BITS: tl.constexpr):
     """`divergence_terms` of outcomes; all but `point` are 0 where neither has a share."""
-    if BITS and KIND == "js":
-        return js_terms(log_p, log_t)
+    if KIND == "js":
+        return even_js_terms(log_p, log_t, BITS)
     else:
         p, t = power_of(log_p, BITS), power_of(log_t, BITS)
         if BITS and (KIND == "kl" or KIND == "reverse_kl"):
@@ -139,7 +107,7 @@ def outcome_terms(log_p, log_t, KIND: tl.constexpr, BITS: tl.constexpr):
         else:
             unit: tl.constexpr = LN2 if BITS else 1.0
             ratio = (log_p - log_t) * unit
-            return terms_of(p, t, log_p * unit, ratio, (0.5, 0.5), KIND, 0, True)
+            return terms_of(p, t, log_p * unit, ratio, (0.5, 0.5), KIND, 0)
 
 
 @triton.jit

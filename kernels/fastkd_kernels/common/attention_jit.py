@@ -9,10 +9,8 @@ tokens]`: query rows, keys. Prefixes: `o_` offsets, `m_` mask, `b_` block of val
 import triton
 import triton.language as tl
 
+from .divergences_jit import LOG2E
 from .wide_loads import load_wide, store_wide
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

@@ -10,6 +10,9 @@ digits that they lose.
 import triton
 import triton.language as tl
 
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def exp_minus_one(x, SMALL: tl.constexpr):
@@ -33,15 +36,18 @@ def log_one_plus(x, above, SMALL: tl.constexpr):
 
 
 @triton.jit
-def log_above_one(s, v):
-    """`log(1 + v)` for 0 <= v <= 1, given `s = v / (2 + v)`."""
-    if v.dtype == tl.float64:
-        return tl.log(1.0 + v)
+def log_of_half(w):
+    """`-log2(1 - w / 2)` for 0 <= w <= 1, to 3e-7 of it: a minimax fit of its quotient by `w`."""
+    if w.dtype == tl.float64:
+        return -tl.log2(1.0 - 0.5 * w)
     else:
-        # 2 artanh(s), s <= 1/3
-        q = s * s
-        term = 1.0 / 9 + q * (1.0 / 11 + q * (1.0 / 13 + q * (1.0 / 15)))
-        return 2.0 * s * (1.0 + q * (1.0 / 3 + q * (0.2 + q * (1.0 / 7 + q * term))))
+        term = tl.fma(w, 6.677708122879267e-3, -1.2190078385174274e-2)
+        term = tl.fma(w, term, 1.7705244943499565e-2)
+        term = tl.fma(w, term, 1.714034122414887e-3)
+        term = tl.fma(w, term, 2.4548400193452835e-2)
+        term = tl.fma(w, term, 5.984707176685333e-2)
+        term = tl.fma(w, term, 0.18035006523132324)
+        return w * tl.fma(w, term, 0.7213473916053772)
 
 
 @triton.jit
@@ -57,14 +63,16 @@ def divergence_terms(
     "skew_kl" and an uneven "js" do not take, `t` is subtracted from `p`. "cosine" takes the logs of
     probabilities that are scaled to rows of length 1.
     """
-    return terms_of(tl.exp(log_p), tl.exp(log_t), log_p, log_p - log_t, shares, KIND, SMALL, EVEN)
+    if KIND == "js" and EVEN:
+        return even_js_terms(log_p, log_t, False)
+    else:
+        return terms_of(tl.exp(log_p), tl.exp(log_t), log_p, log_p - log_t, shares, KIND, SMALL)
 
 
 @triton.jit
-def terms_of(
-    p, t, log_p, ratio, shares, KIND: tl.constexpr, SMALL: tl.constexpr, EVEN: tl.constexpr
-):
-    """`divergence_terms` from what it makes first; `ratio` is `log p - log t`."""
+def terms_of(p, t, log_p, ratio, shares, KIND: tl.constexpr, SMALL: tl.constexpr):
+    """`divergence_terms` of all but the even "js" from what it makes first; `ratio` is
+    `log p - log t`."""
     if KIND == "mse" or KIND == "cosine":
         difference = p - t
         squares = difference * difference
@@ -93,30 +101,39 @@ def terms_of(
             return value, difference, difference, p
         elif KIND == "cross_entropy":
             return -t * log_p, difference, difference, p
-        elif EVEN:
-            return even_js_terms(p, t, ratio, difference)
         else:
             return mixture_terms(p, t, ratio, difference, shares, KIND, SMALL)
 
 
 @triton.jit
-def even_js_terms(p, t, ratio, difference):
-    """`divergence_terms` of "js" with the even mixture."""
-    both = p + t
-    v = tl.abs(difference) / tl.where(both > 0.0, both, 1.0)
-    # log of the larger probability over the mixture, 1 + v
-    larger = log_above_one(v / (2.0 + v), v)
+def even_js_terms(log_p, log_t, BITS: tl.constexpr):
+    """`divergence_terms` of "js" with the even mixture, without a division or a logarithm of the
+    library; logs are to base 2 with BITS.
+
+    With `r = log(p / t)` of nats, a value is `(p - t) r / 8` times an even series in `r` near 0,
+    and `p - t` has as many digits there as the difference of the logs.
+    """
+    # nats a unit of the logs has, and such units a bit
+    NATS: tl.constexpr = LN2 if BITS else 1.0
+    UNITS: tl.constexpr = 1.0 if BITS else LN2
+    ratio = log_p - log_t
+    smaller = power_of(-tl.abs(ratio), BITS)
+    at_most = power_of(tl.maximum(log_p, log_t), BITS)
+    at_least = at_most * smaller
+    p = tl.where(ratio > 0.0, at_most, at_least)
+    t = tl.where(ratio > 0.0, at_least, at_most)
+    # log of the larger probability over the mixture
+    larger = log_of_half(1.0 - smaller) * UNITS
     over_student = larger + tl.minimum(ratio, 0.0)
     weighted = p * over_student
     # not over_student - ratio, which would be rounded by the ratio
-    value = 0.5 * (weighted + t * (larger - tl.maximum(ratio, 0.0)))
-    if v.dtype != tl.float64:
-        # m ((1 + v) log(1 + v) + (1 - v) log(1 - v)) / 2, a series of positive terms
-        q = v * v
-        term = 1.0 / 28 + q * (1.0 / 45 + q * (1.0 / 66 + q * (1.0 / 91)))
-        series = q * (1.0 + q * (1.0 / 6 + q * (1.0 / 15 + q * term)))
-        value = tl.where(v < 0.33, 0.25 * both * series, value)
-    return value, weighted, over_student, p
+    value = (weighted + t * (larger - tl.maximum(ratio, 0.0))) * (0.5 * NATS)
+    if ratio.dtype != tl.float64:
+        square = ratio * ratio
+        series = tl.fma(square, NATS**5 / 3840, -(NATS**3) / 192)
+        near = (p - t) * ratio * tl.fma(square, series, NATS / 8)
+        value = tl.where(tl.abs(ratio) < 0.35 / NATS, near, value)
+    return value, weighted * NATS, over_student * NATS, p
 
 
 @triton.jit

@@ -18,8 +18,6 @@ import triton
 import triton.language as tl
 
 from ..common.attention_jit import (
-    LN2,
-    LOG2E,
     head_base,
     item_base,
     keys_seen,
@@ -32,6 +30,8 @@ from ..common.attention_jit import (
     whole_rows,
 )
 from ..common.divergences_jit import (
+    LN2,
+    LOG2E,
     add_exponentials,
     below,
     hidden_score,
@@ -326,7 +326,7 @@ def _rows_kernel(
         ratio = log_p - log_t
         if BITS:
             ratio *= LN2
-        terms, _weighted, slopes, _p = terms_of(p, t, log_p, ratio, (0.5, 0.5), "kl", SMALL, True)
+        terms, _weighted, slopes, _p = terms_of(p, t, log_p, ratio, (0.5, 0.5), "kl", SMALL)
         value += tl.sum(terms, 1)
         if NEED_GRAD:
             m_out = m_every[:, None] & (o_key < end)[None, :]

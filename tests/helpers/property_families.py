@@ -251,11 +251,21 @@ def hidden(draw: Random, small: bool, op: str) -> Problem:
     )
 
 
+def _logits_options(draw: Random) -> dict[str, Any]:
+    kind = draw.choice(LOGITS_KINDS)
+    return {
+        "kind": kind,
+        "temperature": 1.0 if kind == "mse" else draw.choice([1.0, 0.5, 3.0]),
+        "scale_by_temperature": draw.random() < 0.5,
+        "beta": draw.choice([0.5, 0.1, 0.9]),
+        "skew": draw.choice([0.1, 0.7]),
+    }
+
+
 def logits(draw: Random, small: bool) -> Problem:
     common = Common(draw, small)
     heads = [draw.random() < 0.5 for _ in range(2)]
     bias = draw.random() < 0.5
-    kind = draw.choice(LOGITS_KINDS)
     widths = [common.size(6), common.size(6)]
     vocabularies = [common.size(9) + 1] * 2
     if draw.random() < 0.5:
@@ -265,13 +275,7 @@ def logits(draw: Random, small: bool) -> Problem:
         sides.append([common.values(common.batch, common.tokens, width if head else vocabulary)])
         weights = [common.values(vocabulary, width)] if head else []
         heads_of.append([*weights, *([common.values(vocabulary)] if head and bias else [])])
-    options = {
-        "kind": kind,
-        "temperature": 1.0 if kind == "mse" else draw.choice([1.0, 0.5, 3.0]),
-        "scale_by_temperature": draw.random() < 0.5,
-        "beta": draw.choice([0.5, 0.1, 0.9]),
-        "skew": draw.choice([0.1, 0.7]),
-    }
+    options = _logits_options(draw)
     # of both models, so that either may be the other's twin
     finish = (draw.choice([1.0, 0.5]), draw.choice([None, 3.0]))
     labels = None

@@ -317,25 +317,18 @@ def sweep(
     Makes sums over valid rows and the gradients of `factors`, in the dtype `total`, times these
     sums. The arguments are those of `torch_path.sweep`.
     """
-    states, width = student[0], student[0].shape[-1]
-    columns = read_columns(student, labelled, how)
-    sides = (_Side(student, columns, total), _Side(teacher, how.shared, total))
-    stored, teacher_stored = (side.stored for side in sides)
-    wants_weight = need_weight and stored
-    kept = total
-    if stored:
-        kept = product_dtype(operand_dtype(states.dtype, student[1].dtype, total))
-    rows = states.shape[0] * states.shape[1]
-    shares = (how.teacher_share, 1.0 - how.teacher_share)
-    numbers = [1 / how.temperature, *shares, how.scale, how.scale / how.temperature]
-    numbers += [*how.student, *how.teacher]
-    call = _Call(
-        sides,
-        (sides[0].read(student), sides[1].read(teacher)),
+    call = _call(
+        student,
+        teacher,
+        masked,
+        labelled,
+        total,
         how,
-        *(states.shape[1], rows, masked, labelled, need_states, wants_weight, total, kept),
-        to_device([numbers], total, states),
+        need_states,
+        need_weight and bool(student[1:]),
     )
+    rows, sides, wants_weight, kept = call.rows, call.sides, call.wants_weight, call.kept
+    columns, stored, teacher_stored = sides[0].columns, sides[0].stored, sides[1].stored
     chunk = rows
     if stored or teacher_stored:
         row_bytes = (stored * columns + teacher_stored * how.shared) * total.itemsize
@@ -354,9 +347,9 @@ def sweep(
         for index, needed in enumerate((need_states, wants_weight, wants_weight))
     ]
     # columns that are not compared have a gradient of 0
-    vocabulary = student[1].shape[0] if stored else width
+    vocabulary = student[1].shape[0] if stored else student[0].shape[-1]
     rest = columns < vocabulary
-    device, values = states.device, (1 + labelled, rows)
+    device, values = student[0].device, (1 + labelled, rows)
 
     def new(shape: tuple[int, ...], of: torch.dtype = total) -> Tensor:
         return torch.empty(shape, dtype=of, device=device)
@@ -392,6 +385,41 @@ def sweep(
         return given.values.sum(1), made
 
     return run
+
+
+def _call(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    masked: bool,
+    labelled: bool,
+    total: torch.dtype,
+    how: Divergence,
+    need_states: bool,
+    wants_weight: bool,
+) -> _Call:
+    """What calls of sides like these share."""
+    states, columns = student[0], read_columns(student, labelled, how)
+    sides = (_Side(student, columns, total), _Side(teacher, how.shared, total))
+    kept = total
+    if sides[0].stored:
+        kept = product_dtype(operand_dtype(states.dtype, student[1].dtype, total))
+    shares = (how.teacher_share, 1.0 - how.teacher_share)
+    numbers = [1 / how.temperature, *shares, how.scale, how.scale / how.temperature]
+    numbers += [*how.student, *how.teacher]
+    return _Call(
+        sides,
+        (sides[0].read(student), sides[1].read(teacher)),
+        how,
+        tokens=states.shape[1],
+        rows=states.shape[0] * states.shape[1],
+        masked=masked,
+        labelled=labelled,
+        need_states=need_states,
+        wants_weight=wants_weight,
+        total=total,
+        kept=kept,
+        scalars=to_device([numbers], total, states),
+    )
 
 
 def _steps(call: _Call, first: int, last: int) -> list[Step]:

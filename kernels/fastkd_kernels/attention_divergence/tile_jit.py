@@ -15,20 +15,14 @@ import triton.language as tl
 
 from ..common.attention_jit import sizes_of
 from ..common.divergences_jit import (
-    LN2,
     LOG2E,
     divergence_slopes,
-    even_js_terms,
+    divergence_terms,
     hidden_score,
     log_sum,
-    power_of,
     shift_of,
-    terms_of,
 )
 from ..common.soft_cap_jit import soft_cap
-
-# below this log-ratio in bits, the difference of a term has fewer digits than its series
-NEAR: tl.constexpr = tl.constexpr(0.25)
 
 
 @triton.jit
@@ -79,35 +73,9 @@ def log_sums(maximum, total, unit, hidden, power: tl.constexpr, BITS: tl.constex
 
 
 @triton.jit
-def kl_terms(p, t, difference, ratio):
-    """`t log(t / p) + p - t`, whose sum is the divergence, for `ratio` `log2(p / t)`.
-
-    Near 0 as `(p - t) x R(x)` with the series of `R(x) = 1/x - 1/(e^x - 1)`: no digits are lost,
-    and no term is negative.
-    """
-    near = difference * ratio * tl.fma(ratio, -LN2 * LN2 / 12, LN2 / 2)
-    far = tl.fma(t * -LN2, ratio, difference)
-    return tl.where(tl.abs(ratio) < NEAR, near, far)
-
-
-@triton.jit
 def outcome_terms(log_p, log_t, KIND: tl.constexpr, BITS: tl.constexpr):
-    """`divergence_terms` of outcomes; all but `point` are 0 where neither has a share."""
-    if KIND == "js":
-        return even_js_terms(log_p, log_t, BITS)
-    else:
-        p, t = power_of(log_p, BITS), power_of(log_t, BITS)
-        if BITS and (KIND == "kl" or KIND == "reverse_kl"):
-            difference, ratio = p - t, log_p - log_t
-            if KIND == "kl":
-                return kl_terms(p, t, difference, ratio), difference, difference, p
-            else:
-                value = kl_terms(t, p, -difference, -ratio)
-                return value, value, ratio * LN2, p
-        else:
-            unit: tl.constexpr = LN2 if BITS else 1.0
-            ratio = (log_p - log_t) * unit
-            return terms_of(p, t, log_p * unit, ratio, (0.5, 0.5), KIND, 0)
+    """`divergence_terms` of the keys of a tile."""
+    return divergence_terms(log_p, log_t, (0.5, 0.5), KIND, 0, True, BITS)
 
 
 @triton.jit

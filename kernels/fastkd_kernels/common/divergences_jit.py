@@ -12,14 +12,15 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# below this log-ratio in bits, the difference of a term has fewer digits than its series
+NEAR: tl.constexpr = tl.constexpr(0.25)
 
 
 @triton.jit
 def exp_minus_one(x, SMALL: tl.constexpr):
     """`exp(x) - 1` for `x <= 0`: a series within SMALL of 0, where the difference would cancel."""
-    series = x * (
-        1.0 + x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * (1.0 + x / 6 * (1.0 + x / 7)))))
-    )
+    term = 1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040)))
+    series = x * (1.0 + x * (0.5 + x * (1.0 / 6 + x * term)))
     return tl.where(x > -SMALL, series, tl.exp(x) - 1.0)
 
 
@@ -31,7 +32,7 @@ def log_one_plus(x, above, SMALL: tl.constexpr):
     """
     s = x / (2.0 + x)
     q = s * s
-    series = 2.0 * s * (1.0 + q * (1.0 / 3 + q * (1.0 / 5 + q * (1.0 / 7 + q / 9))))
+    series = 2.0 * s * (1.0 + q * (1.0 / 3 + q * (1.0 / 5 + q * (1.0 / 7 + q * (1.0 / 9)))))
     return tl.where(x > -SMALL, series, tl.log(above))
 
 
@@ -52,21 +53,51 @@ def log_of_half(w):
 
 @triton.jit
 def divergence_terms(
-    log_p, log_t, shares, KIND: tl.constexpr, SMALL: tl.constexpr, EVEN: tl.constexpr
+    log_p,
+    log_t,
+    shares,
+    KIND: tl.constexpr,
+    SMALL: tl.constexpr,
+    EVEN: tl.constexpr,
+    BITS: tl.constexpr,
 ):
     """What one outcome adds: `value`, `weighted`, `point`, `p`.
 
     The divergence is the sum of `value`, and `weighted` adds up to the constant of the row that
-    `divergence_slopes` takes with the others. `shares` are the parts of teacher and student in the
-    mixture of "js" and "skew_kl" (one minus the other would not have its digits in fp32), halves
-    with EVEN. SMALL is up to where a series stands in for a difference that cancels; with 0, which
-    "skew_kl" and an uneven "js" do not take, `t` is subtracted from `p`. "cosine" takes the logs of
-    probabilities that are scaled to rows of length 1.
+    `divergence_slopes` takes with the others. All but `point` are 0 where neither has a share.
+    Logs are to base 2 with BITS. `shares` are the parts of teacher and student in the mixture of
+    "js" and "skew_kl" (one minus the other would not have its digits in fp32), halves with EVEN.
+    SMALL is up to where a series stands in for a difference that cancels, where it is read; with 0,
+    which "skew_kl" and an uneven "js" do not take, `t` is subtracted from `p`. "cosine" takes the
+    logs of probabilities that are scaled to rows of length 1.
     """
     if KIND == "js" and EVEN:
-        return even_js_terms(log_p, log_t, False)
+        return even_js_terms(log_p, log_t, BITS)
     else:
-        return terms_of(tl.exp(log_p), tl.exp(log_t), log_p, log_p - log_t, shares, KIND, SMALL)
+        p, t = power_of(log_p, BITS), power_of(log_t, BITS)
+        if BITS and (KIND == "kl" or KIND == "reverse_kl"):
+            difference, ratio = p - t, log_p - log_t
+            if KIND == "kl":
+                return kl_terms(p, t, difference, ratio), difference, difference, p
+            else:
+                value = kl_terms(t, p, -difference, -ratio)
+                return value, value, ratio * LN2, p
+        else:
+            nats: tl.constexpr = LN2 if BITS else 1.0
+            ratio = (log_p - log_t) * nats
+            return terms_of(p, t, log_p * nats, ratio, shares, KIND, SMALL)
+
+
+@triton.jit
+def kl_terms(p, t, difference, ratio):
+    """`t log(t / p) + p - t`, whose sum is the divergence, for `ratio` `log2(p / t)`.
+
+    Near 0 as `(p - t) x R(x)` with the series of `R(x) = 1/x - 1/(e^x - 1)`: no digits are lost,
+    and no term is negative.
+    """
+    near = difference * ratio * tl.fma(ratio, -LN2 * LN2 / 12, LN2 / 2)
+    far = tl.fma(t * -LN2, ratio, difference)
+    return tl.where(tl.abs(ratio) < NEAR, near, far)
 
 
 @triton.jit
@@ -84,7 +115,7 @@ def terms_of(p, t, log_p, ratio, shares, KIND: tl.constexpr, SMALL: tl.constexpr
             p,
         )
     else:
-        if SMALL == 0:
+        if SMALL == 0 or KIND == "cross_entropy":
             difference = p - t
         else:
             difference = exp_minus_one(-tl.abs(ratio), SMALL) * tl.maximum(p, t)

@@ -10,8 +10,19 @@ columns]` with rows `token_step` apart, or the caller's own `[batch, tokens, col
 import triton
 import triton.language as tl
 
-from ..common.divergences_jit import divergence_slopes, divergence_terms
+from ..common.divergences_jit import (
+    LN2,
+    LOG2E,
+    divergence_slopes,
+    divergence_terms,
+    log_sum,
+    power_of,
+)
 from ..common.soft_cap_jit import cap_slope, soft_cap
+
+# how far above the first block's maximum exponentials may lie in the mean, of which a log of their
+# sum keeps the digits
+ROOM: tl.constexpr = tl.constexpr(16.0)
 
 
 @triton.jit
@@ -126,45 +137,62 @@ def read_logits(
 
 
 @triton.jit
-def over_temperature(b_logits, scale, SUM_TYPE: tl.constexpr, COLD: tl.constexpr):
-    """A block of logits times `scale`, which overflows no further than to SUM_TYPE's lowest."""
-    b_scores = b_logits * scale
-    if COLD:
-        LOWEST: tl.constexpr = (
-            -1.7976931348623157e308 if tl.float64 == SUM_TYPE else -3.4028234663852886e38
-        )
-        b_scores = tl.maximum(b_scores, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-    return b_scores
+def logs_below(b_logits, base, unit, SUM_TYPE: tl.constexpr):
+    """Logs of probabilities from logits and a `softmax_base`, but no lower than SUM_TYPE's lowest
+    number, by which words are masked in both sides alike."""
+    LOWEST: tl.constexpr = (
+        -1.7976931348623157e308 if tl.float64 == SUM_TYPE else -3.4028234663852886e38
+    )
+    # large logits lose nothing where their maximum is subtracted first
+    b_log = (b_logits - base[0]) * unit - base[1]
+    return tl.maximum(b_log, LOWEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def softmax_base(
     start,
     columns,
-    scale,
+    unit,
     finish,
     SUM_TYPE: tl.constexpr,
     BLOCK: tl.constexpr,
-    COLD: tl.constexpr,
     FINISH: tl.constexpr,
+    BITS: tl.constexpr,
 ):
-    """Maximum of a row of logits times `scale`, and the logarithm of the sum of exponentials."""
+    """What to subtract from a row of logits, and the log of the sum of exponentials of what is left
+    times `unit`, to base 2 with BITS.
+
+    The first block's maximum stands for that of all, so that nothing is compared; where others lie
+    far above it the row is swept once more.
+    """
     # what is masked stays so where nothing is made of it
     OTHER: tl.constexpr = float("-inf") if FINISH == 0 else 0.0
-    maximum = tl.full([], float("-inf"), SUM_TYPE)
-    total = tl.full([], 0.0, SUM_TYPE)
+    o_column = tl.arange(0, BLOCK)
+    b_logits = read_logits(start, o_column, o_column < columns, OTHER, finish, SUM_TYPE, FINISH)
+    maximum = tl.max(tl.where(o_column < columns, b_logits, float("-inf")))
+    b_total = tl.zeros([BLOCK], SUM_TYPE)
     for begin in range(0, columns, BLOCK):
-        o_column = begin + tl.arange(0, BLOCK)
-        m_column = o_column < columns
-        b_logits = read_logits(start, o_column, m_column, OTHER, finish, SUM_TYPE, FINISH)
-        b_logits = over_temperature(b_logits, scale, SUM_TYPE, COLD)
-        if COLD or FINISH > 0:
+        m_column = begin + o_column < columns
+        b_logits = read_logits(start, begin + o_column, m_column, OTHER, finish, SUM_TYPE, FINISH)
+        b_terms = power_of((b_logits - maximum) * unit, BITS)
+        b_total += b_terms if FINISH == 0 else tl.where(m_column, b_terms, 0.0)
+    total = tl.sum(b_total)
+    if total > ROOM * columns:
+        maximum = tl.full([], float("-inf"), SUM_TYPE)
+        total = tl.full([], 0.0, SUM_TYPE)
+        for begin in range(0, columns, BLOCK):
+            m_column = begin + o_column < columns
+            b_logits = read_logits(
+                start, begin + o_column, m_column, OTHER, finish, SUM_TYPE, FINISH
+            )
             b_logits = tl.where(m_column, b_logits, float("-inf"))
-        higher = tl.maximum(maximum, tl.max(b_logits))
-        total = total * tl.exp(maximum - higher) + tl.sum(tl.exp(b_logits - higher))
-        maximum = higher
-    # the largest one adds 1, so only a row of which nothing is read has less
-    return tl.where(columns > 0, maximum, 0.0), tl.log(tl.maximum(total, 1.0))
+            higher = tl.maximum(maximum, tl.max(b_logits))
+            total *= power_of((maximum - higher) * unit, BITS)
+            total += tl.sum(power_of((b_logits - higher) * unit, BITS))
+            maximum = higher
+    # of a row of which nothing is read
+    maximum, total = tl.where(columns > 0, maximum, 0.0), tl.where(columns > 0, total, 1.0)
+    return maximum, log_sum(total, BITS)
 
 
 @triton.jit
@@ -175,7 +203,7 @@ def block_terms(
     m_column,
     student_base,
     teacher_base,
-    scale,
+    unit,
     shares,
     shared,
     student_finish,
@@ -184,9 +212,9 @@ def block_terms(
     KIND: tl.constexpr,
     SMALL: tl.constexpr,
     EVEN: tl.constexpr,
-    COLD: tl.constexpr,
     STUDENT_FINISH: tl.constexpr,
     TEACHER_FINISH: tl.constexpr,
+    BITS: tl.constexpr,
 ):
     """`divergence_terms` of one block of a row; value and weighted are 0 where masked."""
     b_student = read_logits(
@@ -197,14 +225,16 @@ def block_terms(
     )
     if KIND == "mse":
         difference = tl.where(m_column, b_student - b_teacher, 0.0)
-        return difference * difference / shared, difference, 2.0 * difference / shared, difference
+        share = difference / shared
+        return difference * share, difference, 2.0 * share, difference
     value, weighted, point, p = divergence_terms(
-        over_temperature(b_student, scale, SUM_TYPE, COLD) - student_base[0] - student_base[1],
-        over_temperature(b_teacher, scale, SUM_TYPE, COLD) - teacher_base[0] - teacher_base[1],
+        logs_below(b_student, student_base, unit, SUM_TYPE),
+        logs_below(b_teacher, teacher_base, unit, SUM_TYPE),
         shares,
         KIND,
         SMALL,
         EVEN,
+        BITS,
     )
     return tl.where(m_column, value, 0.0), tl.where(m_column, weighted, 0.0), point, p
 
@@ -236,7 +266,7 @@ def _row_kernel(
     KIND: tl.constexpr,
     SMALL: tl.constexpr,
     EVEN: tl.constexpr,
-    COLD: tl.constexpr,
+    BITS: tl.constexpr,
     STUDENT_STORED: tl.constexpr,
     TEACHER_STORED: tl.constexpr,
     STUDENT_FINISH: tl.constexpr,
@@ -251,8 +281,8 @@ def _row_kernel(
     what the student's last layer gave for upstream gradients `factors` `[1 or 2]`, which may take
     the place of the logits and is 0 beyond them up to `gradient_columns`. `scalars` are
     1 / temperature, the shares of teacher and student in the mixture, the scales of the divergence
-    and of its gradient, and the finishes (see `read_logits`) of student and teacher. COLD is a
-    temperature below 1.
+    and of its gradient, and the finishes (see `read_logits`) of student and teacher. With BITS logs
+    are to base 2, which saves a product for every exponential.
     """
     row = first + tl.program_id(0)
     student_start = row_start(
@@ -269,14 +299,16 @@ def _row_kernel(
     scale, shares = tl.load(scalars), (tl.load(scalars + 1), tl.load(scalars + 2))
     student_finish = (tl.load(scalars + 5), tl.load(scalars + 6))
     teacher_finish = (tl.load(scalars + 7), tl.load(scalars + 8))
-    student_base = (scale, scale)
-    teacher_base = (scale, scale)
+    nats: tl.constexpr = LOG2E if BITS else 1.0
+    unit = scale * nats
+    student_base = (unit, unit)
+    teacher_base = (unit, unit)
     if KIND != "mse":
         student_base = softmax_base(
-            student_start, compared, scale, student_finish, SUM_TYPE, BLOCK, COLD, STUDENT_FINISH
+            student_start, compared, unit, student_finish, SUM_TYPE, BLOCK, STUDENT_FINISH, BITS
         )
         teacher_base = softmax_base(
-            teacher_start, compared, scale, teacher_finish, SUM_TYPE, BLOCK, COLD, TEACHER_FINISH
+            teacher_start, compared, unit, teacher_finish, SUM_TYPE, BLOCK, TEACHER_FINISH, BITS
         )
     CENTRED: tl.constexpr = KIND == "reverse_kl" or KIND == "js" or KIND == "skew_kl"
     value = tl.full([], 0.0, SUM_TYPE)
@@ -291,7 +323,7 @@ def _row_kernel(
                 o_column < compared,
                 student_base,
                 teacher_base,
-                scale,
+                unit,
                 shares,
                 shared,
                 student_finish,
@@ -300,9 +332,9 @@ def _row_kernel(
                 KIND,
                 SMALL,
                 EVEN,
-                COLD,
                 STUDENT_FINISH,
                 TEACHER_FINISH,
+                BITS,
             )
             value += tl.sum(b_value)
             mean += tl.sum(b_weighted)
@@ -310,14 +342,15 @@ def _row_kernel(
         label = tl.load(labels + row)
         counted = (label != -100) & (read > 0)
         inside = (label >= 0) & (label < read)
-        hard_maximum, hard_log = softmax_base(
-            student_start, read, 1.0, student_finish, SUM_TYPE, BLOCK, False, STUDENT_FINISH
+        hard_base = softmax_base(
+            student_start, read, nats, student_finish, SUM_TYPE, BLOCK, STUDENT_FINISH, BITS
         )
         picked = read_logits(
             student_start, label, inside, 0.0, student_finish, SUM_TYPE, STUDENT_FINISH
         )
         picked = tl.where(inside, picked, float("nan"))
-        hard = tl.where(counted, hard_maximum - picked + hard_log, 0.0)
+        hard = hard_base[0] - picked + hard_base[1] * (LN2 if BITS else 1.0)
+        hard = tl.where(counted, hard, 0.0)
         tl.store(values + rows + row, hard)
         if STORE:
             # a label outside the vocabulary shows as NaN
@@ -336,7 +369,7 @@ def _row_kernel(
                 m_column,
                 student_base,
                 teacher_base,
-                scale,
+                unit,
                 shares,
                 shared,
                 student_finish,
@@ -345,9 +378,9 @@ def _row_kernel(
                 KIND,
                 SMALL,
                 EVEN,
-                COLD,
                 STUDENT_FINISH,
                 TEACHER_FINISH,
+                BITS,
             )
             if not CENTRED:
                 value += tl.sum(b_value)
@@ -359,7 +392,7 @@ def _row_kernel(
                 b_student = read_logits(
                     student_start, o_column, m_read, 0.0, student_finish, SUM_TYPE, STUDENT_FINISH
                 )
-                b_hard = tl.exp(b_student - hard_maximum - hard_log)
+                b_hard = power_of((b_student - hard_base[0]) * nats - hard_base[1], BITS)
                 b_hard = tl.where(o_column == label, b_hard - 1.0, b_hard)
                 b_gradient += tl.where(m_read & counted, b_hard * hard_factor, 0.0)
             if STUDENT_FINISH > 1:

@@ -466,7 +466,8 @@ def _row_step(call: _Call, first: int, last: int) -> Step:
         KIND=how.kind,
         SMALL=small(call.total),
         EVEN=how.kind == "js" and how.teacher_share == 0.5,
-        COLD=how.temperature < 1.0,
+        # series of fp32 stand in for what fp64 computes
+        BITS=call.total != torch.float64,
         STUDENT_STORED=stored,
         TEACHER_STORED=sides[1].stored,
         STUDENT_FINISH=_finish(how.student),

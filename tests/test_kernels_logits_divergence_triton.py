@@ -5,6 +5,7 @@ GPU only.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,6 +93,31 @@ def test_the_largest_logits_come_last() -> None:
     case = logits_case((2,), FORMS[3], vocabularies=(2100, 2100), labelled=True, masked=False)
     rising = case.mapped(lambda t: t.sort(-1).values)
     check_defined(rising)
+
+
+@pytest.mark.parametrize("above", [2.0, 20.0, 200.0])
+@pytest.mark.parametrize("dtype", [torch.float32, EXACT])
+def test_later_blocks_far_above_the_first(dtype: torch.dtype, above: float) -> None:
+    """The first block's maximum stands for that of all until exponentials say otherwise."""
+    case = logits_case((3,), FORMS[3], vocabularies=(2100, 2100), labelled=True, masked=False)
+    raised = torch.zeros(2100, dtype=torch.float64)
+    raised[2060:] = above
+    case = case.mapped(lambda t: t + raised).cast(dtype)
+    check_rounding(case.defined, run(case))
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mse"])
+def test_words_that_are_masked_in_both_models_have_no_part(kind: str, temperature: float) -> None:
+    """By the lowest number, which a division, and the step to base 2, carry beyond it."""
+    case = logits_case((3,), FORMS[3], kind=kind, vocabularies=(2100, 2100), masked=False)
+    case = replace(case.cast(torch.float32), options={"kind": kind, "temperature": temperature})
+    some = case.mapped(lambda t: t[:, 2048:] * temperature)
+    hidden = torch.finfo(torch.float32).min
+    masked = some.mapped(lambda t: torch.cat([torch.full((3, 2048), hidden), t], -1))
+    *losses, gradient = run(masked)
+    assert not gradient[:, :2048].any()
+    check_rounding(some.defined, [*losses, gradient[:, 2048:]])
 
 
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-4])

@@ -190,8 +190,6 @@ def softmax_base(
             total *= power_of((maximum - higher) * unit, BITS)
             total += tl.sum(power_of((b_logits - higher) * unit, BITS))
             maximum = higher
-    # of a row of which nothing is read
-    maximum, total = tl.where(columns > 0, maximum, 0.0), tl.where(columns > 0, total, 1.0)
     return maximum, log_sum(total, BITS)
 
 

@@ -71,9 +71,12 @@ def seen(launch: Launch, work: LogitsWorkload, dtype: torch.dtype, count: int) -
             tuple(given[flag] for flag in flags), "weight_gradient"
         )
         return Seen(name, (Loop(given["part_steps"]),), 0)
-    # a sweep for either softmax, for sums of the row, for labels, for the gradient
-    sweeps = 2 * (given["KIND"] != "mse") + (given["KIND"] in CENTRED or not given["STORE"])
-    sweeps += given["HAS_LABELS"] + given["STORE"]
     step = Loop(cdiv(given["columns"], given["BLOCK"]))
+    # a sweep of a softmax, and the one that takes its place where later logits lie far above
+    softmax = (step, Loop(0))
+    softmaxes = 2 * (given["KIND"] != "mse")
+    sums = given["KIND"] in CENTRED or not given["STORE"]
+    loops = softmax * softmaxes + (step,) * sums
+    loops += softmax * given["HAS_LABELS"] + (step,) * given["STORE"]
     # rows of fp32 logits start at multiples of 16 bytes
-    return Seen("rows", (step,) * sweeps, 0, loads=((4 * given["BLOCK"], 16),))
+    return Seen("rows", loops, 0, loads=((4 * given["BLOCK"], 16),))

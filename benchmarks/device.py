@@ -8,7 +8,7 @@ reach in the same run, and the times of the op's definition. On the CPU, a dry r
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +65,22 @@ CASES = (
     Case("logits_divergence", "logits-32k-2048", 1, "js"),
     Case("logits_divergence", "logits-128k-2048", 1, "kl"),
 )
+# what a run has no time for, unless it is asked for these
+MORE_CASES = (
+    Case("attention_divergence", "bert-base-to-tinybert-4-2048", 4),
+    *(
+        Case("attention_divergence", f"bert-base-to-tinybert-4-{tokens}", 4, kind)
+        for tokens in (128, 512, 2048)
+        for kind in ("reverse_kl", "js", "mse", "cosine")
+    ),
+    *(Case("logits_divergence", "logits-32k-2048", 1, kind) for kind in ("reverse_kl", "skew_kl")),
+)
+
+
+def cases_of(starts: Sequence[str]) -> list[Case]:
+    """The cases whose names start with one of these; `CASES` where none is given."""
+    every = [*CASES, *MORE_CASES] if starts else CASES
+    return [case for case in every if not starts or case.name.startswith(tuple(starts))]
 
 
 def kernel_microseconds(step: Step, device: str) -> dict[str, float]:

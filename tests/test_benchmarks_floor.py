@@ -284,5 +284,9 @@ def test_device_cases_are_named_workloads() -> None:
     from benchmarks import device
 
     named = {*workloads.ATTENTION, *workloads.INDEXER, *workloads.HIDDEN, *workloads.LOGITS}
-    assert {case.workload for case in device.CASES} <= named
-    assert len({case.name for case in device.CASES}) == len(device.CASES) <= 14
+    every = [*device.CASES, *device.MORE_CASES]
+    assert {case.workload for case in every} <= named
+    assert len({case.name for case in every}) == len(every)
+    assert device.cases_of(()) == [*device.CASES] and len(device.CASES) <= 14
+    long = "attention_divergence js bert-base-to-tinybert-4-2048"
+    assert [case.name for case in device.cases_of([long])] == [f"{long} x4"]

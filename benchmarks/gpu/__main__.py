@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
         "--case",
         action="append",
         default=[],
-        help="start of a kernel case's name, may be repeated; all unless given",
+        help="start of a kernel case's name, may be repeated; some are timed only if asked for",
     )
     given = parser.parse_args()
     if given.budget <= 0:

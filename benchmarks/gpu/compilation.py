@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from benchmarks.calls import MAKERS
-from benchmarks.device import CASES, Case, compiled_definition
+from benchmarks.device import Case, cases_of, compiled_definition
 from benchmarks.gpu import small_calls
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.stages import STEPS, missing
@@ -41,7 +41,7 @@ def run(record: Record) -> None:
 def jobs(record: Record) -> dict[str, Callable[[], None]]:
     """What is compiled, by name; what takes longest comes first."""
     device = record.device
-    wanted = [case for case in CASES if record.wanted(case.name)]
+    wanted = cases_of(record.cases)
     made: dict[str, Callable[[], None]] = {
         f"{case.name}, definition": partial(compile_definition, case, device)
         for case in wanted

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 
 from benchmarks.device import (
-    CASES,
     LARGEST_ERROR,
     Case,
     Step,
+    cases_of,
     distance,
     kernel_microseconds,
     others,
@@ -32,12 +32,11 @@ def run(record: Record) -> None:
     found: dict[str, dict[str, Any]] = {}
     # the ops first, since what stands beside them may outrun the time
     for part in (fill, fill_beside):
-        for case in CASES:
-            if record.wanted(case.name):
-                times = found.setdefault(case.name, {})
-                made = lambda case=case, times=times, part=part: part(times, case, record)  # noqa: E731
-                record.attempt(case.name, made)
-                record.note(cases=found)
+        for case in cases_of(record.cases):
+            times = found.setdefault(case.name, {})
+            made = lambda case=case, times=times, part=part: part(times, case, record)  # noqa: E731
+            record.attempt(case.name, made)
+            record.note(cases=found)
             if record.device != "cpu":
                 torch.cuda.empty_cache()
 

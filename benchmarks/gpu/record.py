@@ -45,10 +45,6 @@ class Record:
         self._skipped.append(reason)
         self._write()
 
-    def wanted(self, name: str) -> bool:
-        """Whether a case was asked for."""
-        return not self.cases or name.startswith(tuple(self.cases))
-
     def attempt(self, name: str, function: Callable[[], Any]) -> Any:
         """What a function gives; None where it fails, which is a problem of that name."""
         try:

@@ -29,6 +29,7 @@ from fastkd.errors import Interrupted, UserError
 from fastkd.reporting import plotting
 from fastkd.reporting.console import Reporter
 from fastkd.study import report as study_report
+from fastkd.study import worker
 from fastkd.study.contents import other_content
 from fastkd.study.locks import Claim
 from fastkd.study.plan import Plan
@@ -122,6 +123,33 @@ def test_a_failure_is_reported_kept_and_tried_again_when_asked(
     run(path, retry_failed=True)
     _ended_once(notes, RUNS)
     assert {row["state"] for row in _rows(tmp_path, "runs")} == {"finished"}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_full_disk_ends_the_study_and_fails_no_run(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """Whether a run could say so, or its log is on that disk too."""
+    path = write_study(tmp_path)
+    monkeypatch.setenv("FAKE_FAIL", "mapping=last/seed-1")
+    if told:
+        monkeypatch.setenv("FAKE_MESSAGE", "a checkpoint: No space left on device")
+    else:
+        whole = worker.write_whole
+
+        def full(path: Path, content: Any) -> None:
+            if path.name == ".room":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            whole(path, content)
+
+        monkeypatch.setattr(worker, "write_whole", full)
+    with pytest.raises(UserError, match=r"No space left on device.*free some space and run the"):
+        run(path)
+    for name in ("FAKE_FAIL", "FAKE_MESSAGE"):
+        monkeypatch.delenv(name, raising=False)
+    run(path)
+    assert {row["state"] for row in _rows(tmp_path, "runs")} == {"finished"}
+    assert not [*(tmp_path / "out").rglob(".room")]
 
 
 def test_a_run_on_other_data_than_the_others_of_its_task_has_no_score(

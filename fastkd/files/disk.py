@@ -13,7 +13,8 @@ from pathlib import Path
 
 from fastkd.errors import DiskError, UserError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# what a disk without room, or a limit of a file's size, says
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 _LOST = {errno.EROFS, errno.EIO, errno.ESTALE}
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+")
@@ -206,7 +207,7 @@ class _DiskErrors(AbstractContextManager[None, None]):
         inside = isinstance(named, str | os.PathLike) and self._holds(named)
         place = (self.path or "the disk") if inside or named is None else named
         reason = os.strerror(number) if number else "the file could not be written"
-        if number in _FULL or number == 0:
+        if number in FULL or number == 0:
             bounded = number == errno.EFBIG
             remedy = (
                 "raise the limit of a file's size (ulimit -f)" if bounded else "free some space"

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from fastkd.errors import UserError
-from fastkd.files.disk import disk_errors, write_whole
+from fastkd.errors import DiskError, UserError
+from fastkd.files.disk import FULL, disk_errors, write_whole
 from fastkd.launcher import without_launcher
 from fastkd.recipe import AnyRecipe, dump_recipe
 from fastkd.study.forks import NOT_TOLD, Fork
@@ -28,6 +28,8 @@ from fastkd.training.run_folder import RunFolder
 
 # what of the end of a log is searched for a message
 _TAIL_BYTES = 1 << 16
+# less than this is no room for a run
+_ROOM = 1 << 20
 _POLL_SECONDS = 0.2
 
 
@@ -76,7 +78,8 @@ class Children:
             watch: looked at now and then; whether the run should be pruned.
 
         Raises:
-            UserError: the folder can't be written to.
+            UserError: the folder can't be written to, or the disk is full, which is no fault of the
+                run and would end all that follow.
         """
         started = time.monotonic()
         if RunFolder(place.run).summary.is_file():
@@ -94,7 +97,10 @@ class Children:
         asked = self._attend(child, watch)
         assert child.returncode is not None, "it has ended"
         seconds = time.monotonic() - started
-        return _ending(child.returncode, asked, place, said_before, seconds)
+        ending = _ending(child.returncode, asked, place, said_before, seconds)
+        if ending.kind == "failed":
+            _check_room(place, ending.message)
+        return ending
 
     def _attend(
         self, child: _Child, watch: Callable[[], bool]
@@ -112,6 +118,17 @@ class Children:
             elif asked is None and (self.stopping.is_set() or watch()):
                 asked = "stopped" if self.stopping.is_set() else "pruned"
                 child.send_signal(signal.SIGTERM)
+
+
+def _check_room(place: Place, message: str) -> None:
+    """See that a child has not failed for want of room, which it may have had none to say."""
+    then = "run the same command again; the run is not marked as failed"
+    if any(os.strerror(number) in message for number in FULL):
+        raise DiskError(f"{place.run}: {message}; free some space and {then}")
+    with disk_errors(place.folder, then):
+        tried = place.folder / ".room"
+        write_whole(tried, bytes(_ROOM))
+        tried.unlink()
 
 
 def write_beside(place: Place, path: Path, text: str) -> None:

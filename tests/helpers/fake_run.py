@@ -4,7 +4,7 @@
 
 FAKE_JOURNAL: file that gets a line whenever a run starts, continues or ends.
 FAKE_STEP: seconds a step takes. FAKE_FAIL: part of the names of runs that fail with exit code 2.
-FAKE_DATA: digest of the data that was read.
+FAKE_MESSAGE: what they fail with. FAKE_DATA: digest of the data that was read.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     fail = os.environ.get("FAKE_FAIL")
     if fail and fail in str(run):
-        print("fastkd: data.train: no such column", file=sys.stderr)
+        message = os.environ.get("FAKE_MESSAGE", "data.train: no such column")
+        print(f"fastkd: {message}", file=sys.stderr)
         return 2
     stages = len(recipe.get("stages", ()))
     last = run / f"stage-{stages}" if stages else run

@@ -260,9 +260,7 @@ class Ranks:
                 # who was asked to end as well may not come here
                 raise
             except BaseException as error:
-                shared = what is None and isinstance(error, UserError)
-                kind = type(error).__name__
-                said = str(error) if shared else f"{what or 'rank 0'} raised {kind}: {error}"
+                said, shared = self._told(error, what)
                 self._sent((None, said))
                 if shared:
                     raise SharedError(said) from error
@@ -291,10 +289,7 @@ class Ranks:
             # as above
             raise
         except BaseException as error:
-            shared, of = isinstance(error, UserError), f"rank {self.rank}"
-            said = f"{of} raised {type(error).__name__}: {error}"
-            if shared:
-                said = str(error) if self.is_main else f"{of}: {error}"
+            said, shared = self._told(error)
             told = self._first_told(said)
             if shared:
                 raise SharedError(told or said) from error
@@ -303,6 +298,14 @@ class Ranks:
         if told is not None:
             raise SharedError(told)
         return result
+
+    def _told(self, error: BaseException, what: str | None = None) -> tuple[str, bool]:
+        """What other ranks are told of an error, and whether every rank raises it: a `UserError`,
+        unless it is of the user's own code, which is named by `what`."""
+        of = f"rank {self.rank}"
+        if what is None and isinstance(error, UserError):
+            return str(error) if self.is_main else f"{of}: {error}", True
+        return f"{what or of} raised {type(error).__name__}: {error}", False
 
     def _first_told(self, said: str | None) -> str | None:
         return next((told for told in self.gather(said) if told is not None), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 from tiny_runs import make_recipe
 from tiny_tasks import masked_model
+from transformers import PreTrainedModel
 
+from benchmarks.family_models import family_model
 from fastkd import distill
 from fastkd.capture import token_loss
 from fastkd.capture.finish import Finish
@@ -69,33 +72,51 @@ def heldout_perplexities(run: Run) -> list[float]:
     return found
 
 
+def capped_model() -> PreTrainedModel:
+    """A Gemma 2 whose soft cap shows in its logits."""
+    model = family_model("gemma2", "causal_lm", vocab_size=64, final_logit_softcapping=0.3)
+    model.get_output_embeddings().weight.data.mul_(8.0)
+    return model
+
+
 @pytest.mark.parametrize(
-    ("architecture", "head", "losses", "name"),
+    ("architecture", "head", "losses", "name", "teacher"),
     [
-        ("gpt2", "causal_lm", {"hidden": {}}, "perplexity"),
-        ("bert", "masked_lm", {"logits": {}, "mlm": {}}, "pseudo_perplexity"),
+        ("gpt2", "causal_lm", {"hidden": {}}, "perplexity", None),
+        ("bert", "masked_lm", {"logits": {}, "mlm": {}}, "pseudo_perplexity", masked_model),
+        ("gpt2", "causal_lm", {"logits": {}, "labels": {}}, "perplexity", capped_model),
     ],
 )
 def test_perplexity_is_that_of_the_models_own_logits(
-    architecture: str, head: str, losses: dict[str, Any], name: str, tmp_path: Path
+    architecture: str,
+    head: str,
+    losses: dict[str, Any],
+    name: str,
+    teacher: Callable[[], PreTrainedModel] | None,
+    tmp_path: Path,
 ) -> None:
-    recipe = make_recipe(tmp_path, architecture, student={"head": head}, train=TRAIN)
-    if head == "masked_lm":
-        masked_model().save_pretrained(tmp_path / "teacher")
+    student = {"head": head, "attention": "eager"}
+    recipe = make_recipe(tmp_path, architecture, student=student, train=TRAIN)
+    if teacher is not None:
+        teacher().save_pretrained(tmp_path / "teacher")
     nothing = {"attention": None, "hidden": None, "embedding": None}
-    result = distill(recipe, {"losses": {**nothing, **losses}}, quiet=True)
+    changes = {
+        "teacher": {"model": str(tmp_path / "teacher"), "attention": "eager"},
+        "losses": {**nothing, **losses},
+    }
+    result = distill(recipe, changes, quiet=True)
     summary = result.summary
     ranks = start_ranks()
     try:
         folder = RunFolder(result.folder)
         run = set_up_evaluation(folder.read_recipe(), folder, ranks)
         found = evaluate(run, judge_teacher=True)
-        student, teacher = heldout_perplexities(run)
+        by_student, by_teacher = heldout_perplexities(run)
     finally:
         stop_ranks()
-    assert found.judged[name] == pytest.approx(student, rel=1e-5)
-    assert found.teacher == {name: pytest.approx(teacher, rel=1e-5)}
-    assert summary["after"][name] == pytest.approx(student, rel=1e-5)
-    assert summary["teacher"] == {name: pytest.approx(teacher, rel=1e-5)}
-    assert abs(student - teacher) > 1e-2
+    assert found.judged[name] == pytest.approx(by_student, rel=1e-5)
+    assert found.teacher == {name: pytest.approx(by_teacher, rel=1e-5)}
+    assert summary["after"][name] == pytest.approx(by_student, rel=1e-5)
+    assert summary["teacher"] == {name: pytest.approx(by_teacher, rel=1e-5)}
+    assert abs(by_student - by_teacher) > 1e-2
     assert "perplexity" in (result.folder / "report.html").read_text()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fastkd_kernels import LogitsHead
+from fastkd_kernels.logits_divergence.reference import logits_of
 from fastkd_kernels.reference import logits_divergence
 from tiny_models import CAUSAL, tiny_batch
 from torch import Tensor
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.family_models import family_model
 from fastkd import Distiller
-from fastkd.capture import capture, try_model
+from fastkd.capture import capture, route_attention, try_model
 from fastkd.capture.finish import Finish, known_finish
 from fastkd.capture.token_loss import heard_token_loss
 from fastkd.errors import UserError
@@ -154,6 +155,18 @@ def test_perplexity_is_of_the_models_own_logits(
         model(**IDS)
     expected = torch.nn.functional.cross_entropy(logits[0, :-1].double(), labels[0, :-1])
     assert math.isclose(float(heard.sum / heard.count), float(expected), rel_tol=1e-5)
+
+
+def test_a_model_that_was_not_tried_is_asked_before_anything_listens() -> None:
+    model = language_model("gemma2", {"final_logit_softcapping": 5.0})
+    route_attention(model, "eager")
+    with torch.no_grad():
+        expected = model(**IDS).logits
+        everything = capture(model, attention=(1, 2), hidden=(0, 2), outputs=True, logits=True)
+        with everything as states:
+            model(**IDS)
+    assert isinstance(states.logits, LogitsHead)
+    assert torch.allclose(logits_of(states.logits), expected, atol=1e-6)
 
 
 def test_a_teachers_cache_keeps_it() -> None:

@@ -102,6 +102,8 @@ def hooks(
         )
     blocks = find_blocks(model) if attention or hidden else nn.ModuleList()
     with ExitStack() as stack:
+        # first: it runs a model that was not tried, which nothing may hear
+        stack.enter_context(recorded_head(model, slot, record=logits))
         for layer in attention:
             stack.enter_context(listening(blocks[layer - 1], _recorder(slot, layer)))
         for layer in hidden:
@@ -115,7 +117,6 @@ def hooks(
             stack.callback(find_module(model, path).register_forward_hook(hook).remove)
         if outputs:
             stack.enter_context(hearing_last_state(model, _final_recorder(slot)))
-        stack.enter_context(recorded_head(model, slot, record=logits))
         yield
 
 
